@@ -1,0 +1,45 @@
+"""Every error that a user can meet, as one tree.
+
+DisaggServeError
+├── InvalidInput            the input is at fault: exit code 1, condition or refusal that names the field
+│   ├── InvalidManifest     a `DisaggServe` document: one `Fault` per wrong field
+│   └── …                   files: traces, profiles, node lists (raised where they are read)
+├── Infeasible              no plan keeps the promise: exit code 3, `PlanFeasible=False`
+└── Unsupported             asked for something that this release does not do: said in one sentence, before anything is made
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class DisaggServeError(Exception):
+    """Base of all errors that carry one clear sentence for the user."""
+
+
+class InvalidInput(DisaggServeError):
+    """What the user gave is wrong; nothing was done."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One wrong field: where it stands, what is wrong with it, what would be right."""
+
+    field: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}"
+
+
+class InvalidManifest(InvalidInput):
+    """A `DisaggServe` document with at least one fault."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(map(str, self.faults)))
+
+
+class Unsupported(DisaggServeError):
+    """A right request for something that this release does not do yet."""

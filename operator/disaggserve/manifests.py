@@ -1,0 +1,407 @@
+"""Every Kubernetes object that a plan becomes, as plain JSON values; equal inputs give equal bytes.
+
+One instance is one pod, pinned to its node and created once (pod specs are immutable). The router is a Deployment behind a
+Service; it and the rest are applied server-side with one field manager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from disaggserve.api import manifest as api
+from disaggserve.api.model import seconds
+from disaggserve.api.plan import Slot
+from disaggserve.api.spec import PodSpec, Spec
+
+LABEL = "disaggserve.dev/"
+RESOURCE, ROLE, KEY, DRAIN = LABEL + "resource", LABEL + "role", LABEL + "pairing-key", LABEL + "drain"
+SHAPE, SLOT, ATTEMPT, REVISION, TEMPLATE = (
+    LABEL + n for n in ("shape", "slot", "attempt", "revision", "template")
+)
+DRAIN_SINCE = LABEL + "drain-since"
+
+HTTP_PORT, KV_PORT = 8000, 5600
+ROUTER_CLUSTER_ROLE = "disaggserve-router"
+WEIGHTS_PATH = "/models/weights"
+_USER = 2000  # the uid of upstream engine images; ours use the same
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The resource that everything belongs to."""
+
+    name: str
+    namespace: str
+    uid: str
+
+    def reference(self) -> Mapping[str, Any]:
+        return {
+            "apiVersion": api.API_VERSION,
+            "kind": api.KIND,
+            "name": self.name,
+            "uid": self.uid,
+            "controller": True,
+            "blockOwnerDeletion": False,
+        }
+
+
+@dataclass(frozen=True)
+class Images:
+    """The release's own images, used where the spec names none."""
+
+    worker: str
+    router: str
+
+
+def pod_name(resource: str, slot: Slot, attempt: int) -> str:
+    """The identity (resource, pairing key, shape, slot, attempt) as a name."""
+    return f"{resource}-{slot.pairing_key[:6]}-tp{slot.tp}pp{slot.pp}-{slot.slot}-{attempt}"
+
+
+def _labels(resource: str, component: str) -> dict[str, str]:
+    return {
+        "app.kubernetes.io/name": "disaggserve",
+        "app.kubernetes.io/managed-by": "disaggserve",
+        "app.kubernetes.io/component": component,
+        "app.kubernetes.io/instance": resource,
+        RESOURCE: resource,
+    }
+
+
+def _metadata(owner: Owner, name: str, component: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "namespace": owner.namespace,
+        "labels": _labels(owner.name, component),
+        "ownerReferences": [owner.reference()],
+    }
+
+
+def _field(path: str) -> dict[str, Any]:
+    return {"fieldRef": {"fieldPath": path}}
+
+
+def _env(pod: PodSpec) -> list[dict[str, Any]]:
+    downward = {
+        "POD_IP": "status.podIP",
+        "POD_NAME": "metadata.name",
+        "POD_NAMESPACE": "metadata.namespace",
+        "NODE_NAME": "spec.nodeName",
+    }
+    own = [{"name": name, "valueFrom": _field(path)} for name, path in downward.items()]
+    return own + [{"name": e.name, "value": e.value} for e in pod.env]
+
+
+def _resources(pod: PodSpec, gpus: Mapping[str, int], default_memory: str) -> dict[str, Any]:
+    requests = {"cpu": pod.resources.cpu or "1", "memory": pod.resources.memory or default_memory}
+    limits: dict[str, Any] = {}
+    if pod.resources.memory:
+        limits["memory"] = pod.resources.memory
+    if pod.resources.ephemeral_storage:
+        requests["ephemeral-storage"] = pod.resources.ephemeral_storage
+    devices = {name: str(n) for name, n in {**gpus, **pod.resources.rdma}.items()}
+    return {"requests": requests | devices, "limits": limits | devices}
+
+
+def _security(pod: PodSpec) -> dict[str, Any]:
+    """The container half of Pod Security `restricted`; RDMA needs to lock memory, and only then is it asked for."""
+    capabilities: dict[str, Any] = {"drop": ["ALL"]}
+    if pod.resources.rdma:
+        capabilities["add"] = ["IPC_LOCK"]
+    return {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": capabilities}
+
+
+def _pod_security() -> dict[str, Any]:
+    return {
+        "runAsNonRoot": True,
+        "runAsUser": _USER,
+        "fsGroup": _USER,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def _probe(path: str, period_s: int, failures: int) -> dict[str, Any]:
+    return {
+        "httpGet": {"path": path, "port": HTTP_PORT, "scheme": "HTTP"},
+        "periodSeconds": period_s,
+        "failureThreshold": failures,
+        "timeoutSeconds": 2,
+        "successThreshold": 1,
+    }
+
+
+def _tolerations(pod: PodSpec) -> list[dict[str, Any]]:
+    mine = [t.model_dump(mode="json", exclude_none=True) for t in pod.tolerations]
+    return [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}, *mine]
+
+
+def worker_tolerations(spec: Spec) -> list[dict[str, Any]]:
+    """What worker pods tolerate: a node with any other taint does not count."""
+    return _tolerations(spec.engine.pod)
+
+
+def worker_requests(spec: Spec) -> dict[str, str]:
+    """What one worker pod asks for beside GPUs."""
+    requests: dict[str, str] = _resources(spec.engine.pod, {}, _WORKER_MEMORY)["requests"]
+    return requests
+
+
+_WORKER_MEMORY, _ROUTER_MEMORY = "4Gi", "256Mi"
+
+
+def _optional(pod: PodSpec) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    if pod.image_pull_secrets:
+        out["imagePullSecrets"] = [{"name": n} for n in pod.image_pull_secrets]
+    if pod.runtime_class_name:
+        out["runtimeClassName"] = pod.runtime_class_name
+    if pod.scheduler_name:
+        out["schedulerName"] = pod.scheduler_name
+    return out
+
+
+def _weights(spec: Spec, image: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """The volume, its mount and the init containers that fill it."""
+    weights = spec.model.weights
+    mount: dict[str, Any] = {"name": "weights", "mountPath": WEIGHTS_PATH, "readOnly": True}
+    if weights and weights.pvc:
+        claim = {"claimName": weights.pvc.claim_name, "readOnly": True}
+        if weights.pvc.path:
+            mount["subPath"] = weights.pvc.path
+        return {"name": "weights", "persistentVolumeClaim": claim}, mount, []
+    if weights and weights.host_path:
+        return (
+            {"name": "weights", "hostPath": {"path": weights.host_path.path, "type": "Directory"}},
+            mount,
+            [],
+        )
+    env = [{"name": "HF_HOME", "value": "/tmp/hub"}]
+    if weights and weights.hub and weights.hub.secret_name:
+        secret = {"secretKeyRef": {"name": weights.hub.secret_name, "key": "token"}}
+        env.append({"name": "HF_TOKEN", "valueFrom": secret})  # type: ignore[dict-item]
+    fetch = {
+        "name": "fetch-weights",
+        "image": image,
+        "command": [
+            "disaggworker",
+            "fetch",
+            "--model",
+            spec.model.id,
+            "--revision",
+            spec.model.revision,
+            "--to",
+            WEIGHTS_PATH,
+        ],
+        "env": env,
+        "securityContext": _security(PodSpec()),
+        "volumeMounts": [
+            {"name": "weights", "mountPath": WEIGHTS_PATH},
+            {"name": "tmp", "mountPath": "/tmp"},
+        ],
+    }
+    return {"name": "weights", "emptyDir": {}}, mount, [fetch]
+
+
+def worker_pod(
+    owner: Owner, spec: Spec, slot: Slot, attempt: int, revision: int, context_length: int, images: Images
+) -> dict[str, Any]:
+    """The pod of one instance. Created, never applied: 409 means that it is there already."""
+    pod = spec.engine.pod
+    image = spec.engine.image or images.worker
+    volume, mount, init = _weights(spec, image)
+    metadata = _metadata(owner, pod_name(owner.name, slot, attempt), "worker")
+    metadata["labels"] |= {
+        ROLE: slot.role,
+        KEY: slot.pairing_key,
+        SHAPE: f"tp{slot.tp}pp{slot.pp}",
+        SLOT: str(slot.slot),
+        ATTEMPT: str(attempt),
+        TEMPLATE: slot.template,
+        REVISION: str(revision),
+    }
+    metadata["annotations"] = {
+        "prometheus.io/scrape": "true",
+        "prometheus.io/port": str(HTTP_PORT),
+        **pod.annotations,
+    }
+    command = ["disaggworker", slot.role, "--model", spec.model.id, "--weights", WEIGHTS_PATH]
+    command += ["--served-name", spec.model.name, "--tp", str(slot.tp), "--pp", str(slot.pp)]
+    command += [
+        "--context-length",
+        str(context_length),
+        "--dtype",
+        spec.model.dtype,
+        "--pairing-key",
+        slot.pairing_key,
+    ]
+    command += ["--port", str(HTTP_PORT), "--kv-port", str(KV_PORT), *spec.engine.args]
+    startup_period_s = 2
+    container = {
+        "name": "worker",
+        "image": image,
+        "command": command,
+        "env": _env(pod),
+        "ports": [{"name": "http", "containerPort": HTTP_PORT}, {"name": "kv", "containerPort": KV_PORT}],
+        "resources": _resources(pod, {GPU_RESOURCE: slot.gpus}, _WORKER_MEMORY),
+        "securityContext": _security(pod),
+        "startupProbe": _probe(
+            "/ready", startup_period_s, max(1, int(seconds(spec.rollout.ready_timeout) // startup_period_s))
+        ),
+        "readinessProbe": _probe("/ready", 2, 2),
+        "livenessProbe": _probe("/health", 10, 6),
+        "volumeMounts": [
+            mount,
+            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "shm", "mountPath": "/dev/shm"},
+        ],
+    }
+    affinity = {"matchFields": [{"key": "metadata.name", "operator": "In", "values": [slot.node]}]}
+    body: dict[str, Any] = {
+        "restartPolicy": "Always",
+        "terminationGracePeriodSeconds": int(seconds(spec.rollout.drain_timeout)),
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": _pod_security(),
+        "affinity": {
+            "nodeAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [affinity]}
+            }
+        },
+        "tolerations": _tolerations(pod),
+        "containers": [container],
+        "volumes": [
+            volume,
+            {"name": "tmp", "emptyDir": {}},
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+        ],
+        **_optional(pod),
+    }
+    if init:
+        body["initContainers"] = init
+    if pod.service_account_name:
+        body["serviceAccountName"] = pod.service_account_name
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": body}
+
+
+GPU_RESOURCE = "nvidia.com/gpu"
+
+
+def _router_deployment(owner: Owner, spec: Spec, context_length: int, images: Images) -> dict[str, Any]:
+    pod = spec.router.pod
+    name = f"{owner.name}-router"
+    labels = _labels(owner.name, "router") | {ROLE: "router"}
+    command = ["disaggworker", "router", "--namespace", owner.namespace, "--resource", owner.name]
+    command += ["--model-name", spec.model.name, "--context-length", str(context_length)]
+    command += [
+        "--ttft",
+        f"{seconds(spec.slo.ttft):g}",
+        "--tpot",
+        f"{seconds(spec.slo.tpot):g}",
+        "--port",
+        str(HTTP_PORT),
+    ]
+    container = {
+        "name": "router",
+        "image": spec.router.image or images.router,
+        "command": command,
+        "env": _env(pod),
+        "ports": [{"name": "http", "containerPort": HTTP_PORT, "protocol": "TCP"}],
+        "resources": _resources(pod, {}, _ROUTER_MEMORY),
+        "securityContext": _security(pod),
+        "readinessProbe": _probe("/ready", 2, 2),
+        "livenessProbe": _probe("/health", 10, 6),
+        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+    }
+    template = {
+        "metadata": {
+            "labels": labels,
+            "annotations": {
+                "prometheus.io/scrape": "true",
+                "prometheus.io/port": str(HTTP_PORT),
+                **pod.annotations,
+            },
+        },
+        "spec": {
+            "serviceAccountName": pod.service_account_name or name,
+            "enableServiceLinks": False,
+            "terminationGracePeriodSeconds": int(seconds(spec.rollout.drain_timeout)),
+            "securityContext": _pod_security(),
+            "tolerations": [t.model_dump(mode="json", exclude_none=True) for t in pod.tolerations],
+            "containers": [container],
+            "volumes": [{"name": "tmp", "emptyDir": {}}],
+            **_optional(pod),
+        },
+    }
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": _metadata(owner, name, "router"),
+        "spec": {
+            "replicas": spec.router.replicas,
+            "selector": {"matchLabels": {RESOURCE: owner.name, ROLE: "router"}},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+            "template": template,
+        },
+    }
+
+
+def around(owner: Owner, spec: Spec, context_length: int, images: Images) -> Sequence[dict[str, Any]]:
+    """Everything but the instances, in the order in which it is applied."""
+    name = f"{owner.name}-router"
+    metadata = _metadata(owner, name, "router")
+    rbac = "rbac.authorization.k8s.io"
+    account = {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": metadata,
+        "automountServiceAccountToken": True,
+    }
+    binding = {
+        "apiVersion": f"{rbac}/v1",
+        "kind": "RoleBinding",
+        "metadata": metadata,
+        "roleRef": {"apiGroup": rbac, "kind": "ClusterRole", "name": ROUTER_CLUSTER_ROLE},
+        "subjects": [
+            {
+                "kind": "ServiceAccount",
+                "name": spec.router.pod.service_account_name or name,
+                "namespace": owner.namespace,
+            }
+        ],
+    }
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(owner, owner.name, "router"),
+        "spec": {
+            "selector": {RESOURCE: owner.name, ROLE: "router"},
+            "ports": [{"name": "http", "port": HTTP_PORT, "protocol": "TCP", "targetPort": HTTP_PORT}],
+        },
+    }
+    return [account, binding, service, _router_deployment(owner, spec, context_length, images)]
+
+
+def disruption_budget(owner: Owner, pods: int) -> dict[str, Any]:
+    """Evictions of instances are refused (an integer: nothing else works over bare pods) and turned into a move."""
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": _metadata(owner, f"{owner.name}-workers", "worker"),
+        "spec": {
+            "minAvailable": pods,
+            "selector": {"matchLabels": {RESOURCE: owner.name, "app.kubernetes.io/component": "worker"}},
+        },
+    }
+
+
+def url(owner: Owner) -> str:
+    return f"http://{owner.name}.{owner.namespace}.svc:{HTTP_PORT}/v1"
+
+
+PLAN_SELECTOR = "app.kubernetes.io/managed-by=disaggserve"
+
+
+def plan_labels(owner: Owner) -> dict[str, str]:
+    return _labels(owner.name, "plan")
