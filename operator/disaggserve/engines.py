@@ -1,0 +1,159 @@
+"""What each engine can do, said once: shapes, hand-off, flags that the operator owns.
+
+Every refusal is one clause or sentence for people, or None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Literal
+
+Role = Literal["prefill", "decode"]
+
+
+class UnknownEngine(ValueError):
+    """The engine is none of torch, vllm, sglang."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """An engine's habits that the plan and the simulator depend on (REFERENCE § 4, § 7)."""
+
+    name: Literal["torch", "vllm", "sglang"]
+    handoff: Literal["pull", "push"]  # decode fetches after prefill | decode reserves, then prefill pushes
+    first_token_from: Literal["prefill", "decode"]  # which side's token the user sees first
+    prefill_limit: int | None  # prompt tokens in one batch; None: L_m (latency.saturation_tokens)
+    architectures: frozenset[str]  # of catalogue.Model.architecture
+    flags: frozenset[str]  # the operator's own; `engine.args` may not name them
+    block_tokens: int = 16  # tokens per KV block
+
+
+def _flags(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+TORCH = Engine(
+    "torch",
+    handoff="pull",
+    first_token_from="prefill",
+    prefill_limit=None,
+    architectures=frozenset({"opt", "llama"}),
+    flags=_flags(
+        "--model --weights --served-name --context-length --dtype --tp --pp --pairing-key --host --port "
+        "--kv-port --pace"
+    ),
+)
+# vLLM's max_num_batched_tokens on data-centre GPUs. NixlConnector: P's one token is dropped, D's is the
+# user's first.
+VLLM = Engine(
+    "vllm",
+    handoff="pull",
+    first_token_from="decode",
+    prefill_limit=8192,
+    architectures=frozenset({"opt", "llama", "qwen3"}),
+    flags=_flags(
+        "--model --served-model-name --revision --tensor-parallel-size -tp --pipeline-parallel-size -pp "
+        "--host --port --max-model-len --dtype --kv-cache-dtype --block-size --kv-transfer-config "
+        "--shutdown-timeout --config"
+    ),
+)
+# SGLang's chunked_prefill_size on data-centre GPUs. Decode reserves its blocks before prefill begins.
+SGLANG = Engine(
+    "sglang",
+    handoff="push",
+    first_token_from="decode",
+    prefill_limit=8192,
+    architectures=frozenset({"opt", "llama", "qwen3"}),
+    flags=_flags(
+        "--model-path --model --served-model-name --revision --tp-size --tp --tensor-parallel-size "
+        "--pp-size --pipeline-parallel-size --host --port --context-length --dtype --kv-cache-dtype "
+        "--page-size --disaggregation-mode --disaggregation-transfer-backend "
+        "--disaggregation-bootstrap-port --config"
+    ),
+)
+ENGINES = {e.name: e for e in (TORCH, VLLM, SGLANG)}
+
+
+def engine(name: str) -> Engine:
+    """The engine of that name. Raises `UnknownEngine`."""
+    for known in ENGINES.values():
+        if known.name == name:
+            return known
+    raise UnknownEngine(f"engine {name!r} is not known; known are {', '.join(ENGINES)}")
+
+
+def refuse_shape(
+    engine: Engine, role: Role, tp: int, pp: int, other: tuple[int, int] | None = None
+) -> str | None:
+    """Why the engine cannot run this role in this shape, or None.
+
+    `other` is (tp, pp) of the other side's instances, where it is known; without it only what this side alone
+    rules out is refused. tp may differ between the sides on every engine (REFERENCE § 7).
+    """
+    if engine is VLLM and pp > 1:
+        return f"vllm hands KV over only with pp 1 (NixlConnector), and this {role} has pp {pp}"
+    if engine is SGLANG and other is not None:
+        prefill_pp, decode_pp = (pp, other[1]) if role == "prefill" else (other[1], pp)
+        if decode_pp not in (1, prefill_pp):
+            return (
+                f"sglang needs the decode's pp to be 1 or the prefill's {prefill_pp}, and it is {decode_pp}"
+            )
+    return None
+
+
+def computes(engine: Engine, tp: int, pp: int) -> bool:
+    """Whether this release can have the engine really compute the shape (torch: one GPU)."""
+    return engine is TORCH and tp == 1 and pp == 1
+
+
+def refuse_start(engine: Engine, tp: int, pp: int, paired: bool, simulated: bool) -> str | None:
+    """Why this release does not start such an instance, in one sentence, or None.
+
+    `paired`: prefill and decode in one container (a low-affinity plan). `simulated`: it stands on simulated
+    nodes (hardware.Node.simulated), whose paced workers take every shape of one pod. Plans are made and
+    explained all the same; the operator says this in a condition before any pod exists.
+    """
+    if engine is not TORCH:
+        return (
+            f"This release plans for {engine.name} but starts only torch workers; set engine.type to torch."
+        )
+    if paired:
+        return (
+            "This release plans low-affinity pairs (prefill and decode in one container) but does not start "
+            "them; choose planner.algorithm HighAffinity."
+        )
+    if not simulated and not computes(engine, tp, pp):
+        return (
+            f"This release's torch worker computes on one GPU (tp 1, pp 1), not tp {tp}, pp {pp}; "
+            "larger shapes run on simulated nodes only."
+        )
+    return None
+
+
+def refuse_architecture(engine: Engine, architecture: str) -> str | None:
+    """Why the engine cannot run a model of this architecture, in one sentence, or None."""
+    if architecture in engine.architectures:
+        return None
+    known = ", ".join(sorted(engine.architectures))
+    return f"The {engine.name} worker runs {known} models, not {architecture}."
+
+
+def owned_flags(engine: Engine) -> frozenset[str]:
+    """Command-line flags that the operator sets itself."""
+    return engine.flags
+
+
+def refuse_args(engine: Engine, args: Iterable[str]) -> str | None:
+    """Why `engine.args` cannot be passed on, in one sentence naming the first flag that the operator owns, or
+    None.
+
+    `--flag=value` and spellings with `_` for `-` count as the flag.
+    """
+    for arg in args:
+        flag = arg.split("=", 1)[0]
+        if flag.startswith("--"):
+            flag = "--" + flag[2:].replace("_", "-")
+        if flag in engine.flags:
+            return f"engine.args names {flag}, which the operator sets itself; leave it out."
+    return None

@@ -1,0 +1,91 @@
+"""What each engine can do, as exact tables."""
+
+import pytest
+
+from disaggserve import engines
+from disaggserve.engines import SGLANG, TORCH, VLLM, UnknownEngine
+
+
+@pytest.mark.parametrize(
+    ("engine", "role", "shape", "other", "refused"),
+    [
+        (TORCH, "prefill", (4, 1), (2, 2), False),
+        (TORCH, "decode", (4, 3), (3, 3), False),
+        (VLLM, "prefill", (8, 1), (2, 1), False),
+        (VLLM, "prefill", (1, 2), (1, 1), True),
+        (VLLM, "decode", (2, 2), None, True),
+        (SGLANG, "decode", (2, 2), (4, 2), False),
+        (SGLANG, "decode", (2, 1), (4, 2), False),
+        (SGLANG, "decode", (2, 2), (4, 1), True),
+        (SGLANG, "prefill", (4, 1), (2, 2), True),
+        (SGLANG, "prefill", (4, 2), (2, 1), False),
+        (SGLANG, "prefill", (4, 2), None, False),
+    ],
+)
+def test_shapes(engine, role, shape, other, refused):
+    reason = engines.refuse_shape(engine, role, *shape, other)
+    assert (reason is not None) == refused
+    if reason:
+        assert engine.name in reason
+        assert "pp" in reason
+
+
+@pytest.mark.parametrize(
+    ("engine", "tp", "pp", "paired", "simulated", "words"),
+    [
+        (TORCH, 1, 1, False, False, None),
+        (TORCH, 2, 1, False, False, "not tp 2, pp 1"),
+        (TORCH, 1, 2, False, False, "not tp 1, pp 2"),
+        (TORCH, 8, 2, False, True, None),
+        (TORCH, 1, 1, True, False, "low-affinity pairs"),
+        (TORCH, 1, 1, True, True, "low-affinity pairs"),
+        (VLLM, 1, 1, False, False, "starts only torch"),
+        (SGLANG, 1, 1, False, True, "starts only torch"),
+    ],
+)
+def test_what_this_release_starts(engine, tp, pp, paired, simulated, words):
+    reason = engines.refuse_start(engine, tp, pp, paired, simulated)
+    assert reason is None if words is None else words in (reason or "")
+
+
+def test_habits():
+    assert [
+        (e.handoff, e.first_token_from, e.prefill_limit, e.block_tokens) for e in (TORCH, VLLM, SGLANG)
+    ] == [
+        ("pull", "prefill", None, 16),
+        ("pull", "decode", 8192, 16),
+        ("push", "decode", 8192, 16),
+    ]
+    assert [engines.computes(TORCH, *s) for s in ((1, 1), (2, 1), (1, 2))] == [True, False, False]
+    assert not engines.computes(VLLM, 1, 1)
+
+
+def test_engines_by_name():
+    assert [engines.engine(n) for n in ("torch", "vllm", "sglang")] == [TORCH, VLLM, SGLANG]
+    with pytest.raises(UnknownEngine, match="torch, vllm, sglang"):
+        engines.engine("tgi")
+
+
+def test_architectures():
+    assert engines.refuse_architecture(TORCH, "llama") is None
+    assert "qwen3" in (engines.refuse_architecture(TORCH, "qwen3") or "")
+    assert engines.refuse_architecture(VLLM, "qwen3") is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "args", "flag"),
+    [
+        (TORCH, ["--max-batch", "8"], None),
+        (TORCH, ["--tp", "2"], "--tp"),
+        (TORCH, ["--pace={}"], "--pace"),
+        (VLLM, ["--enforce-eager", "--tensor_parallel_size=2"], "--tensor-parallel-size"),
+        (VLLM, ["-tp", "2"], "-tp"),
+        (VLLM, ["--kv-transfer-config", "{}"], "--kv-transfer-config"),
+        (SGLANG, ["--disaggregation-mode=prefill"], "--disaggregation-mode"),
+        (SGLANG, ["--mem-fraction-static", "0.8"], None),
+    ],
+)
+def test_flags_that_the_operator_owns(engine, args, flag):
+    reason = engines.refuse_args(engine, args)
+    assert reason is None if flag is None else f"names {flag}," in (reason or "")
+    assert flag is None or flag in engines.owned_flags(engine)
