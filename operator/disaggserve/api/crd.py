@@ -96,7 +96,11 @@ def _annotate(model: type[BaseModel], node: dict[str, Any]) -> None:
     for name, field in model.model_fields.items():
         child = node["properties"][field.alias or name]
         if field.default_factory is not None and child.get("type") == "object":
-            child["default"] = {}
+            # Whole, not {}: rules are checked against a default before its own defaults are filled in.
+            value = field.get_default(call_default_factory=True)
+            child["default"] = (
+                value.model_dump(mode="json", exclude_none=True) if isinstance(value, BaseModel) else value
+            )
         for inner in _models(field.annotation):
             _annotate(inner, child["items"] if child["type"] == "array" else child)
 

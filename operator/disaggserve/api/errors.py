@@ -41,5 +41,13 @@ class InvalidManifest(InvalidInput):
         super().__init__("; ".join(map(str, self.faults)))
 
 
+class Infeasible(DisaggServeError):
+    """No plan keeps the promise. `limit` is one word for programs, the message says which limit binds and what could be kept."""
+
+    def __init__(self, limit: str, message: str) -> None:
+        self.limit = limit
+        super().__init__(message)
+
+
 class Unsupported(DisaggServeError):
     """A right request for something that this release does not do yet."""

@@ -106,6 +106,23 @@ class RefusedNode(ApiModel):
     reason: Text = Field(description="Why, in one sentence. Example: cordoned (spec.unschedulable).")
 
 
+class Setting(ApiModel):
+    """What `disaggserve simulate --plan` must know to replay the plan without the resource and the cluster."""
+
+    model: Text = Field(description="The model's id. Example: facebook/opt-13b.")
+    config: Annotated[str, Field(max_length=16384)] | None = Field(
+        default=None, description="Its config.json, if the catalogue does not know it."
+    )
+    engine: Text = Field(description="The engine. Example: torch.")
+    gpu: Text = Field(description="The GPU's product label. Example: NVIDIA-A100-SXM4-80GB.")
+    link: Text = Field(
+        description="What KV crosses between prefill and decode: nvlink, pcie, rdma or tcp. Example: rdma."
+    )
+    ttft: float = Field(gt=0, description="Promised TTFT, seconds. Example: 0.25.")
+    tpot: float = Field(gt=0, description="Promised TPOT, seconds. Example: 0.1.")
+    attainment: float = Field(ge=0, le=1, description="Share of requests that must meet both. Example: 0.9.")
+
+
 class Search(ApiModel):
     """What finding the plan took, without imports and compiling."""
 
@@ -159,6 +176,7 @@ class Plan(ApiModel):
     emulated: bool = Field(
         default=False, description="True when nodes are simulated: figures served there are emulated."
     )
+    setting: Setting | None = Field(default=None, description="What it takes to replay the plan.")
     search: Search | None = Field(default=None, description="What finding it took.")
     digest: Text = Field(default="", description="SHA-256 of the inputs and the discrete decisions.")
 
@@ -200,6 +218,7 @@ class Commit(ApiModel):
     plan: Plan = Field(description="The plan, with its revision.")
     instances: tuple[Slot, ...] = Field(description="Every instance with its slot and node.")
     inputs: str = Field(description="Digest of the parts of the spec that the plan depends on.")
+    workload_inputs: str = Field(description="Digest of the traffic that the spec told to expect.")
     cause: Literal["Spec", "Drift", "Nodes", "RollBack"] = Field(description="Why this revision was made.")
     reason: str = Field(description="The same in one sentence.")
     excluded_nodes: tuple[ExcludedNode, ...] = Field(default=(), description="Nodes left out for a while.")
