@@ -1,0 +1,63 @@
+"""Where numba keeps the compiled kernel: the one place that names the folder, before numba is first imported."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+VARIABLE = "NUMBA_CACHE_DIR"
+
+
+def prepare() -> Path:
+    """Name a writable cache folder for numba in the environment and return it.
+
+    A folder of the user's own choice (NUMBA_CACHE_DIR) is kept where it is writable. Else
+    $XDG_CACHE_HOME or ~/.cache, else the system's folder for temporary files (one for each user). The folder's
+    name holds a hash of the kernel's sources, numba's version and the CPU, so that nothing stale is loaded and
+    nothing needs to be cleared: numba itself looks at the time stamp of one source file only.
+    """
+    chosen = os.environ.get(VARIABLE)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    # Not a fixed name of anybody's in a shared folder: what lies there is loaded as code.
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    tail = Path("disaggserve", "numba", _key())
+    places = [Path(chosen)] if chosen else []
+    places += [Path(base) / tail, Path(tempfile.gettempdir()) / f"disaggserve-{user}" / tail.name]
+    folder = next((p for p in places if _writable(p)), None) or Path(tempfile.mkdtemp(prefix="disaggserve-"))
+    os.environ[VARIABLE] = str(folder)
+    if "numba" in sys.modules:  # somebody was faster: tell it as well
+        sys.modules["numba"].config.CACHE_DIR = str(folder)
+    return folder
+
+
+def _key() -> str:
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for source in (here.parent / "dispatch.py", here / "kernel.py", here / "cache.py"):
+        digest.update(source.read_bytes() if source.exists() else b"")
+    cpu = os.environ.get("NUMBA_CPU_NAME") or _host_cpu()
+    digest.update(f"{importlib.metadata.version('numba')} {platform.machine()} {cpu}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _host_cpu() -> str:
+    from llvmlite import binding  # type: ignore[import-untyped]  # numba loads it anyway
+
+    return str(binding.get_host_cpu_name())
+
+
+def _writable(folder: Path) -> bool:
+    """Whether the folder is this user's and files can be made in it."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+            return False
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

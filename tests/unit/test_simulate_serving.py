@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from disaggserve import simulate
+from disaggserve.latency import Provenance, StepTimes
+from disaggserve.simulate import Deployment, Pool
+from disaggserve.workload import Lengths, Requests, Workload
+
+MS = 1_000_000
+
+
+def times(prefill_ms_per_token: float = 1.0, step_ms: float = 10.0, pp: int = 1) -> StepTimes:
+    """A prefill stage of so many ms a token, a decode stage of `step_ms` whatever the batch."""
+    return StepTimes(
+        prefill_knots_tokens=np.array([0, 1024], dtype=np.int64),
+        prefill_knots_ns=np.array([0.0, 1024.0]) * prefill_ms_per_token * MS,
+        prefill_quad_ns=0.0,
+        decode_base_ns=np.full(65, step_ms * MS),
+        decode_ctx_ns=np.zeros(65),
+        pp=pp,
+        provenance=Provenance("roofline", "made up"),
+    )
+
+
+def requests(*rows: tuple[float, int, int]) -> Requests:
+    """Rows of (arrival in ms, input, output)."""
+    return Requests(
+        np.array([round(r[0] * MS) for r in rows], dtype=np.int64),
+        np.array([r[1] for r in rows], dtype=np.int32),
+        np.array([r[2] for r in rows], dtype=np.int32),
+    )
+
+
+def deployment(prefill: Pool | None = None, decode: Pool | None = None) -> Deployment:
+    return Deployment(
+        (prefill or Pool(1, times(), blocks=1000),),
+        (decode or Pool(1, times(), blocks=1000),),
+        kv_bytes_per_token=1000,
+        link_bytes_s=1e6,  # 1 ms a token
+    )
+
+
+def ms(values: np.ndarray) -> list[float]:
+    return [v / MS for v in values.tolist()]
+
+
+def test_one_request_passes_prefill_transfer_and_decode() -> None:
+    out = simulate.run(deployment(), requests((5, 20, 4)))
+    assert ms(out.prefill_start_ns) == [5]
+    assert ms(out.first_ns) == [25]
+    assert ms(out.transfer_end_ns) == [45]
+    assert ms(out.decode_start_ns) == [45]
+    assert ms(out.last_ns) == [75]
+
+
+def test_vllms_first_token_comes_from_decode() -> None:
+    vllm = dataclasses.replace(deployment(), first_token_from="decode")
+    out = simulate.run(vllm, requests((0, 20, 3), (1000, 20, 1)))
+    assert ms(out.first_ns) == [50, 1050]
+    assert ms(out.last_ns) == [70, 1050]
+
+
+def test_one_token_ends_at_prefill() -> None:
+    out = simulate.run(deployment(), requests((0, 20, 1)))
+    assert ms(out.last_ns) == ms(out.first_ns) == [20]
+    assert out.transfer_end_ns.tolist() == out.decode_start_ns.tolist() == [-1]
+
+
+def test_prompts_are_batched_up_to_the_limit_and_longer_ones_go_alone() -> None:
+    pool = Pool(1, times(), blocks=1000, batch_tokens=30)
+    out = simulate.run_prefill(pool, requests((0, 50, 9), (1, 10, 9), (2, 20, 9), (3, 1, 9)))
+    assert ms(out.first_ns) == [50, 80, 80, 81]
+    assert out.last_ns.tolist() == out.first_ns.tolist()
+
+
+def test_batches_overlap_in_a_pipeline() -> None:
+    pool = Pool(1, times(pp=3), blocks=1000, batch_tokens=10)
+    out = simulate.run_prefill(pool, requests((0, 10, 9), (0, 10, 9), (0, 10, 9)))
+    assert ms(out.prefill_start_ns) == [0, 10, 20]
+    assert ms(out.first_ns) == [30, 40, 50]
+
+
+def test_kv_that_was_not_pulled_holds_up_prefill() -> None:
+    held = deployment(prefill=Pool(1, times(), blocks=4, batch_tokens=1), decode=Pool(1, times(), blocks=4))
+    out = simulate.run(held, requests((0, 48, 6), (0, 32, 2)))
+    assert ms(out.transfer_end_ns)[0] == 96
+    assert ms(out.prefill_start_ns) == [0, 96]  # 4 blocks hold one prompt at a time
+    assert ms(out.last_ns)[0] == 146
+    assert ms(out.transfer_end_ns)[1] == 178  # 3 blocks are free on the decode side from 146 on
+
+
+def test_the_last_of_the_batch_is_preempted_and_recomputed() -> None:
+    pool = Pool(1, times(prefill_ms_per_token=0.5), blocks=4)
+    out = simulate.run_decode(pool, requests((0, 20, 15), (0, 20, 15)))
+    # 2 blocks each; the 13th step makes it 33 tokens: the second gives way until the first has ended.
+    assert ms(out.last_ns)[0] == pytest.approx(14 * 10, abs=1e-3)
+    assert ms(out.last_ns)[1] == pytest.approx(14 * 10 + 32 * 0.5 + 2 * 10, abs=1e-3)
+
+
+def test_lanes_of_a_pipeline_take_pp_stage_times_a_step() -> None:
+    out = simulate.run_decode(Pool(1, times(pp=2), blocks=100), requests((0, 8, 3), (5, 8, 3), (6, 8, 3)))
+    assert ms(out.decode_start_ns) == pytest.approx([0, 5, 20], abs=1e-3)
+    assert ms(out.last_ns) == pytest.approx([40, 45, 60], abs=1e-3)
+
+
+def test_the_instance_with_the_least_work_is_chosen() -> None:
+    out = simulate.run_prefill(Pool(2, times(), blocks=1000), requests((0, 30, 9), (1, 10, 9), (2, 10, 9)))
+    assert ms(out.first_ns) == [30, 11, 21]
+
+
+def test_what_fits_no_memory_is_served_nowhere() -> None:
+    small = deployment(decode=Pool(1, times(), blocks=3))
+    out = simulate.run(small, requests((0, 40, 9), (0, 40, 10), (0, 40, 1), (0, 49, 1)))
+    assert (out.last_ns >= 0).tolist() == [True, False, True, True]
+    assert out.prefill_start_ns[1] == -1
+    prompt = deployment(prefill=Pool(1, times(), blocks=3))
+    assert (simulate.run(prompt, requests((0, 48, 2), (0, 49, 1))).last_ns >= 0).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("load", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_one_prefill_instance_is_an_md1_queue(load: float) -> None:
+    service_s = 0.1
+    pool = Pool(1, times(prefill_ms_per_token=1.0), blocks=10**6, batch_tokens=100)
+    fixed = Lengths("fixed", np.array([100], dtype=np.int32), np.array([1], dtype=np.int32))
+    rate = load / service_s
+    arrivals = Workload(rate, 1.0, fixed, "test").requests(400_000 / rate, seed=1)
+    ttft_s = (simulate.run_prefill(pool, arrivals).first_ns - arrivals.arrival_ns) / 1e9
+    expected_s = service_s + rate * service_s**2 / (2 * (1 - load))
+    assert float(np.mean(ttft_s)) == pytest.approx(expected_s, rel=0.03)
+
+
+def test_no_requests_is_no_fault() -> None:
+    assert len(simulate.run(deployment(), requests()).last_ns) == 0
+    simulate.warm_up()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prefill": ()}, "needs prefill and decode"),
+        ({"link_bytes_s": 0.0}, "bandwidth above 0"),
+        ({"link_bytes_s": math.nan}, "bandwidth above 0"),
+        ({"decode": (Pool(1, times(), blocks=0),)}, "0 KV blocks"),
+    ],
+)
+def test_a_deployment_that_cannot_be_simulated_is_refused(change: dict[str, object], said: str) -> None:
+    with pytest.raises(simulate.BadDeployment, match=said):
+        simulate.run(dataclasses.replace(deployment(), **change), requests((0, 1, 1)))  # type: ignore[arg-type]
+
+
+def test_requests_must_be_in_order_and_of_one_fortnight() -> None:
+    for second_ms in (-1, 14 * 86_400_000):
+        with pytest.raises(simulate.BadDeployment, match="in order of arrival and within 13 days"):
+            simulate.run(deployment(), requests((0, 1, 1), (second_ms, 1, 1)))
