@@ -18,6 +18,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from disaggserve.api.errors import InvalidInput
+
 Architecture = Literal["opt", "llama", "qwen3"]
 
 BLOCK_TOKENS = 16  # tokens per KV block, as in the paper's engine (§ 4) and vLLM on CUDA
@@ -25,7 +27,7 @@ MEMORY_UTILISATION = 0.95  # share of GPU memory that DistServe's engine uses (i
 ACTIVATION_SHARE = 0.01  # share of GPU memory that DistServe's engine keeps for activations
 
 
-class CatalogueError(ValueError):
+class CatalogueError(InvalidInput, ValueError):
     """What the catalogue cannot answer, in one sentence."""
 
 

@@ -9,10 +9,12 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Literal
 
+from disaggserve.api.errors import InvalidInput
+
 Role = Literal["prefill", "decode"]
 
 
-class UnknownEngine(ValueError):
+class UnknownEngine(InvalidInput, ValueError):
     """The engine is none of torch, vllm, sglang."""
 
 

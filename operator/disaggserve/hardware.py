@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from disaggserve import catalogue
+from disaggserve.api.errors import InvalidInput
 from disaggserve.catalogue import GPU, Link, UnknownGPU
 
 Json = Mapping[str, Any]
@@ -51,7 +52,7 @@ _FABRIC_LABELS: tuple[tuple[str, ...], ...] = (
 _ZONE_LABEL = "topology.kubernetes.io/zone"
 
 
-class BadQuantity(ValueError):
+class BadQuantity(InvalidInput, ValueError):
     """A Kubernetes quantity that cannot be read."""
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from disaggserve import catalogue
+from disaggserve.api.errors import InvalidInput
 from disaggserve.catalogue import GPU, BadShape, Link, Model
 
 Floats = npt.NDArray[np.float64]
@@ -37,7 +38,7 @@ SATURATED = 0.9  # see `saturation_tokens`
 _PROFILES = Path(__file__).parent / "data" / "profiles"
 
 
-class LatencyError(ValueError):
+class LatencyError(InvalidInput, ValueError):
     """What the latency model cannot answer, in one sentence."""
 
 

@@ -14,6 +14,8 @@ from disaggserve.api import manifest as api
 from disaggserve.api.model import seconds
 from disaggserve.api.plan import Slot
 from disaggserve.api.spec import PodSpec, Spec
+from disaggserve.hardware import GPU_RESOURCE
+from disaggserve.plan import WORKER_CPU, WORKER_MEMORY, tolerations
 
 LABEL = "disaggserve.dev/"
 RESOURCE, ROLE, KEY, DRAIN = LABEL + "resource", LABEL + "role", LABEL + "pairing-key", LABEL + "drain"
@@ -95,7 +97,7 @@ def _env(pod: PodSpec) -> list[dict[str, Any]]:
 
 
 def _resources(pod: PodSpec, gpus: Mapping[str, int], default_memory: str) -> dict[str, Any]:
-    requests = {"cpu": pod.resources.cpu or "1", "memory": pod.resources.memory or default_memory}
+    requests = {"cpu": pod.resources.cpu or WORKER_CPU, "memory": pod.resources.memory or default_memory}
     limits: dict[str, Any] = {}
     if pod.resources.memory:
         limits["memory"] = pod.resources.memory
@@ -132,23 +134,7 @@ def _probe(path: str, period_s: int, failures: int) -> dict[str, Any]:
     }
 
 
-def _tolerations(pod: PodSpec) -> list[dict[str, Any]]:
-    mine = [t.model_dump(mode="json", exclude_none=True) for t in pod.tolerations]
-    return [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}, *mine]
-
-
-def worker_tolerations(spec: Spec) -> list[dict[str, Any]]:
-    """What worker pods tolerate: a node with any other taint does not count."""
-    return _tolerations(spec.engine.pod)
-
-
-def worker_requests(spec: Spec) -> dict[str, str]:
-    """What one worker pod asks for beside GPUs."""
-    requests: dict[str, str] = _resources(spec.engine.pod, {}, _WORKER_MEMORY)["requests"]
-    return requests
-
-
-_WORKER_MEMORY, _ROUTER_MEMORY = "4Gi", "256Mi"
+_ROUTER_MEMORY = "256Mi"
 
 
 def _optional(pod: PodSpec) -> dict[str, Any]:
@@ -244,7 +230,7 @@ def worker_pod(
         "command": command,
         "env": _env(pod),
         "ports": [{"name": "http", "containerPort": HTTP_PORT}, {"name": "kv", "containerPort": KV_PORT}],
-        "resources": _resources(pod, {GPU_RESOURCE: slot.gpus}, _WORKER_MEMORY),
+        "resources": _resources(pod, {GPU_RESOURCE: slot.gpus}, WORKER_MEMORY),
         "securityContext": _security(pod),
         "startupProbe": _probe(
             "/ready", startup_period_s, max(1, int(seconds(spec.rollout.ready_timeout) // startup_period_s))
@@ -269,7 +255,7 @@ def worker_pod(
                 "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [affinity]}
             }
         },
-        "tolerations": _tolerations(pod),
+        "tolerations": tolerations(pod),
         "containers": [container],
         "volumes": [
             volume,
@@ -283,9 +269,6 @@ def worker_pod(
     if pod.service_account_name:
         body["serviceAccountName"] = pod.service_account_name
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": body}
-
-
-GPU_RESOURCE = "nvidia.com/gpu"
 
 
 def _router_deployment(owner: Owner, spec: Spec, context_length: int, images: Images) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from disaggserve.api.errors import InvalidInput
+
 Lens = npt.NDArray[np.int32]
 Times = npt.NDArray[np.int64]
 
@@ -32,7 +34,7 @@ PRESETS = {
 _LENGTHS = Path(__file__).parent / "data" / "lengths"
 
 
-class WorkloadError(ValueError):
+class WorkloadError(InvalidInput, ValueError):
     """What is wrong with the traffic given, in one sentence."""
 
 

@@ -22,7 +22,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
 
 def test_lint_and_wrong_values(cluster: ControlPlane) -> None:
     assert "0 chart(s) failed" in cluster.helm("lint", CHART)
-    for wrong, named in (("replicas=0", "replicas"), ("prometheus.url=prom", "prometheus"), ("image.tga=1", "tga")):
+    for wrong, named in (
+        ("replicas=0", "replicas"),
+        ("prometheus.url=prom", "prometheus"),
+        ("image.tga=1", "tga"),
+    ):
         with pytest.raises(CommandFailed, match=named):
             cluster.helm("template", "x", CHART, "--set", wrong)
 
@@ -42,7 +46,12 @@ def test_the_pod_is_admitted_by_pod_security_restricted(cluster: ControlPlane) -
     rendered = cluster.helm("template", "x", CHART, "-n", "tight", "--set", "crd.install=false")
     deployment = next(d for d in yaml.safe_load_all(rendered) if d and d["kind"] == "Deployment")
     template = deployment["spec"]["template"]
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "probe", "namespace": "tight"}, "spec": template["spec"]}
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "probe", "namespace": "tight"},
+        "spec": template["spec"],
+    }
     pod["spec"].pop("serviceAccountName")
     cluster.kubectl("apply", "--dry-run=server", "-f", "-", input=json.dumps(pod))
 
@@ -50,7 +59,9 @@ def test_the_pod_is_admitted_by_pod_security_restricted(cluster: ControlPlane) -
 def test_rights_are_the_ones_that_are_used(cluster: ControlPlane) -> None:
     rendered = [d for d in yaml.safe_load_all(cluster.helm("template", "x", CHART)) if d]
     roles = {d["metadata"]["name"]: d["rules"] for d in rendered if d["kind"] == "ClusterRole"}
-    assert roles["disaggserve-router"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
+    assert roles["disaggserve-router"] == [
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}
+    ]
     operator = roles["disaggserve-operator"]
     granted = {(r, v) for rule in operator for r in rule["resources"] for v in rule["verbs"]}
     assert not {r for r, _ in granted} & {"secrets", "configmaps", "pods/exec"}

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 
 
 class DisaggServeError(Exception):
-    """Base of all errors that carry one clear sentence for the user."""
+    """Base of all errors that carry one clear sentence for the user.
+
+    `args` are the constructor's, so that they cross the border of the search process.
+    """
 
 
 class InvalidInput(DisaggServeError):
@@ -38,7 +41,10 @@ class InvalidManifest(InvalidInput):
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self.faults = tuple(faults)
-        super().__init__("; ".join(map(str, self.faults)))
+        super().__init__(self.faults)
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.faults))
 
 
 class Infeasible(DisaggServeError):
@@ -46,7 +52,10 @@ class Infeasible(DisaggServeError):
 
     def __init__(self, limit: str, message: str) -> None:
         self.limit = limit
-        super().__init__(message)
+        super().__init__(limit, message)
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class Unsupported(DisaggServeError):

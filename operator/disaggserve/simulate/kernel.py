@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from disaggserve import dispatch
 from disaggserve.simulate import cache
@@ -58,15 +59,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _compiled(function: F) -> F:
-    return cast(F, numba.njit(forceinline=True)(function))
+    return cast(F, numba.njit(forceinline=True, _nrt=False)(function))
 
 
 def _cached(function: F) -> F:
-    return cast(F, numba.njit(cache=True, nogil=True)(function))
+    return cast(F, numba.njit(cache=True, nogil=True, _nrt=False)(function))
 
 
-_choose_prefill: Any = numba.njit(dispatch.choose_prefill)
-_choose_decode: Any = numba.njit(dispatch.choose_decode)
+_choose_prefill: Any = numba.njit(_nrt=False)(dispatch.choose_prefill)
+_choose_decode: Any = numba.njit(_nrt=False)(dispatch.choose_decode)
 
 
 @_compiled
@@ -104,81 +105,81 @@ def _prefill_ticks(
 
 
 @_compiled
-def _push(heap: Any, size: int, key: int) -> None:
+def _push(heaps: Any, k: int, size: int, key: int) -> None:
     i = size
     while i > 0:
         up = (i - 1) >> 1
-        if heap[up] <= key:
+        if heaps[k, up] <= key:
             break
-        heap[i] = heap[up]
+        heaps[k, i] = heaps[k, up]
         i = up
-    heap[i] = key
+    heaps[k, i] = key
 
 
 @_compiled
-def _remove(heap: Any, size: int, i: int) -> None:
+def _remove(heaps: Any, k: int, size: int, i: int) -> None:
     """Take out element i of a heap of `size`."""
-    key = heap[size - 1]
+    key = heaps[k, size - 1]
     size -= 1
     if i == size:
         return
-    while i > 0 and heap[(i - 1) >> 1] > key:
-        heap[i] = heap[(i - 1) >> 1]
+    while i > 0 and heaps[k, (i - 1) >> 1] > key:
+        heaps[k, i] = heaps[k, (i - 1) >> 1]
         i = (i - 1) >> 1
     while True:
         child = 2 * i + 1
         if child >= size:
             break
-        if child + 1 < size and heap[child + 1] < heap[child]:
+        if child + 1 < size and heaps[k, child + 1] < heaps[k, child]:
             child += 1
-        if heap[child] >= key:
+        if heaps[k, child] >= key:
             break
-        heap[i] = heap[child]
+        heaps[k, i] = heaps[k, child]
         i = child
-    heap[i] = key
+    heaps[k, i] = key
 
 
 @_compiled
-def _span(lane: Any, steps: int) -> Any:
+def _span(lanes: Any, k: int, steps: int) -> Any:
     """Ticks from T0 to the end of so many steps of the plan."""
-    return lane[L_EXTRA] + steps * lane[L_E] + lane[L_Q] * (steps * (steps - 1) // 2)
+    return lanes[k, L_EXTRA] + steps * lanes[k, L_E] + lanes[k, L_Q] * (steps * (steps - 1) // 2)
 
 
 @_compiled
-def _steps_until(lane: Any, t: int) -> Any:
+def _steps_until(lanes: Any, k: int, t: int) -> Any:
     """The first step boundary of the plan at or after t, as a number of steps, at least 1.
 
     t never falls from one question to the next about one plan: the search goes on from the last answer.
     """
-    x = t - lane[L_T0]
-    steps = lane[L_STEPS]
-    span = lane[L_SPAN]
+    x = t - lanes[k, L_T0]
+    steps = lanes[k, L_STEPS]
+    span = lanes[k, L_SPAN]
     if span >= x:
         return steps
-    if x - span > 8 * lane[L_E]:  # far on: solve the quadratic, then put its rounding right
-        half = lane[L_Q] * 0.5
-        rest = lane[L_E] - half
-        working = float(x - lane[L_EXTRA])
+    if x - span > 8 * lanes[k, L_E]:  # far on: solve the quadratic, then put its rounding right
+        half = lanes[k, L_Q] * 0.5
+        rest = lanes[k, L_E] - half
+        working = float(x - lanes[k, L_EXTRA])
         steps = max(steps, int(2.0 * working / (rest + np.sqrt(rest * rest + 4.0 * half * working))) - 1)
-        while steps > 1 and _span(lane, steps - 1) >= x:
+        while steps > 1 and _span(lanes, k, steps - 1) >= x:
             steps -= 1
-        span = _span(lane, steps)
+        span = _span(lanes, k, steps)
     while span < x:
-        span += lane[L_E] + lane[L_Q] * steps
+        span += lanes[k, L_E] + lanes[k, L_Q] * steps
         steps += 1
-    lane[L_STEPS] = steps
-    lane[L_SPAN] = span
+    lanes[k, L_STEPS] = steps
+    lanes[k, L_SPAN] = span
     return steps
 
 
 @_compiled
-def _growth(phase: Any, lane: Any, steps: int) -> Any:
+def _growth(phases: Any, lanes: Any, k: int, steps: int) -> Any:
     """Blocks that a lane's batch takes after the first of so many steps from now."""
     more = steps - 1
-    grown = (more >> 4) * lane[L_B]
-    step = lane[L_N] + 1
+    grown = (more >> 4) * lanes[k, L_B]
+    step = lanes[k, L_N] + 1
     for i in range(more & 15):
-        grown += phase[(1 - step - i) & 15]
+        grown += phases[k, (1 - step - i) & 15]
     return grown
 
 
@@ -190,16 +191,15 @@ def _cut(
 
     `seen`: lanes up to this one have had their boundaries of this tick; -1 = none has.
     """
-    lane = lanes[k]
-    if lane[L_K] <= 1:
+    if lanes[k, L_K] <= 1:
         return
-    steps = _steps_until(lane, t + 1 if k <= seen else t)
-    if steps < lane[L_K]:
-        decode[lane[L_DECODE], D_SLACK] += _growth(phases[k], lane, lane[L_K]) - _growth(
-            phases[k], lane, steps
+    steps = _steps_until(lanes, k, t + 1 if k <= seen else t)
+    if steps < lanes[k, L_K]:
+        decode[lanes[k, L_DECODE], D_SLACK] += _growth(phases, lanes, k, lanes[k, L_K]) - _growth(
+            phases, lanes, k, steps
         )
-        lane[L_K] = steps
-        _set(tree, when, lane_source + k, lane[L_T0] + _span(lane, steps))
+        lanes[k, L_K] = steps
+        _set(tree, when, lane_source + k, lanes[k, L_T0] + _span(lanes, k, steps))
 
 
 @_compiled
@@ -230,15 +230,14 @@ def _join(
     for other in range(k + 1, k + decode[d, D_PP]):
         if lanes[other, L_COUNT] < lanes[k, L_COUNT]:
             k = other
-    lane = lanes[k]
-    lane[L_COUNT] += 1
+    lanes[k, L_COUNT] += 1
     reqs[r, NXT] = -1
-    if lane[L_JHEAD] < 0:
-        lane[L_JHEAD] = r
+    if lanes[k, L_JHEAD] < 0:
+        lanes[k, L_JHEAD] = r
     else:
-        reqs[lane[L_JTAIL], NXT] = r
-    lane[L_JTAIL] = r
-    if lane[L_K] == 0:
+        reqs[lanes[k, L_JTAIL], NXT] = r
+    lanes[k, L_JTAIL] = r
+    if lanes[k, L_K] == 0:
         _set(tree, when, lane_source + k, t)
     else:
         _cut(k, t, seen, lanes, phases, decode, tree, when, lane_source)
@@ -250,33 +249,34 @@ def _admit(
     lane_source: int, moved_source: int, ticks_per_token: float, latency_ticks: float,
 ) -> None:  # fmt: skip
     """Admit waiting requests, first come first, while the blocks of the first one are free."""
-    row = decode[d]
     tight = False
-    while row[D_WHEAD] >= 0:
-        r = row[D_WHEAD]
+    while decode[d, D_WHEAD] >= 0:
+        r = decode[d, D_WHEAD]
         need = _blocks(reqs[r, INPUT] + reqs[r, DONE] + 1)
-        if need > row[D_SLACK] and not tight:
+        if need > decode[d, D_SLACK] and not tight:
             _tighten(d, t, seen, lanes, phases, decode, tree, when, lane_source)
             tight = True
-        if need > row[D_SLACK]:
+        if need > decode[d, D_SLACK]:
             return
-        row[D_SLACK] -= need
-        row[D_WHEAD] = reqs[r, NXT]
+        decode[d, D_SLACK] -= need
+        decode[d, D_WHEAD] = reqs[r, NXT]
         if reqs[r, JOIN] >= 0 or latency_ticks < 0:
             if reqs[r, MOVED] < 0:
                 reqs[r, MOVED] = t
             _join(r, d, t, seen, reqs, lanes, phases, decode, tree, when, lane_source)
             continue
-        end = max(t, row[D_LINK]) + max(1, int(np.rint(reqs[r, INPUT] * ticks_per_token + latency_ticks)))
-        row[D_LINK] = end
+        end = max(t, decode[d, D_LINK]) + max(
+            1, int(np.rint(reqs[r, INPUT] * ticks_per_token + latency_ticks))
+        )
+        decode[d, D_LINK] = end
         reqs[r, MOVED] = end
         reqs[r, NXT] = -1
-        if row[D_THEAD] < 0:
-            row[D_THEAD] = r
+        if decode[d, D_THEAD] < 0:
+            decode[d, D_THEAD] = r
             _set(tree, when, moved_source + d, end)
         else:
-            reqs[row[D_TTAIL], NXT] = r
-        row[D_TTAIL] = r
+            reqs[decode[d, D_TTAIL], NXT] = r
+        decode[d, D_TTAIL] = r
 
 
 @_compiled
@@ -290,20 +290,18 @@ def _to_decode(
         for i in range(len(loads)):
             tokens = decode[i, D_OUTSIDE]
             for k in range(decode[i, D_LANE], decode[i, D_LANE] + decode[i, D_PP]):
-                lane = lanes[k]
-                if lane[L_K] > 0:
-                    tokens += lane[L_C] + lane[L_B] * (_steps_until(lane, t) - 1)
+                if lanes[k, L_K] > 0:
+                    tokens += lanes[k, L_C] + lanes[k, L_B] * (_steps_until(lanes, k, t) - 1)
             loads[i] = tokens
         d = _choose_decode(loads)
-    row = decode[d]
-    row[D_OUTSIDE] += reqs[r, INPUT] + 1
+    decode[d, D_OUTSIDE] += reqs[r, INPUT] + 1
     reqs[r, NXT] = -1
-    if row[D_WHEAD] >= 0:
-        reqs[row[D_WTAIL], NXT] = r
-        row[D_WTAIL] = r
+    if decode[d, D_WHEAD] >= 0:
+        reqs[decode[d, D_WTAIL], NXT] = r
+        decode[d, D_WTAIL] = r
     else:
-        row[D_WHEAD] = r
-        row[D_WTAIL] = r
+        decode[d, D_WHEAD] = r
+        decode[d, D_WTAIL] = r
         _admit(
             d, t, -1, reqs, lanes, phases, decode, tree, when, lane_source, moved_source, ticks_per_token, latency_ticks
         )  # fmt: skip
@@ -316,106 +314,99 @@ def _boundary(
     lane_source: int, moved_source: int, ticks_per_token: float, latency_ticks: float, first_from_decode: bool,
 ) -> None:  # fmt: skip
     """A lane's plan has run to its end, or an idle lane gets work: ends, joins, grows, preempts, plans."""
-    lane = lanes[k]
-    phase = phases[k]
-    heap = heaps[k]
-    d = lane[L_DECODE]
-    row = decode[d]
-    now = lane[L_N] + lane[L_K]
-    lane[L_N] = now
-    lane[L_C] += lane[L_B] * lane[L_K]
-    lane[L_K] = 0
+    d = lanes[k, L_DECODE]
+    now = lanes[k, L_N] + lanes[k, L_K]
+    lanes[k, L_N] = now
+    lanes[k, L_C] += lanes[k, L_B] * lanes[k, L_K]
+    lanes[k, L_K] = 0
 
     ended = False
-    while lane[L_B] > 0 and heap[0] >> _ID_BITS <= now:
-        r = heap[0] & _ID_MASK
-        _remove(heap, lane[L_B], 0)
-        req = reqs[r]
-        if req[NXT] >= 0:
-            reqs[req[NXT], PRV] = req[PRV]
+    while lanes[k, L_B] > 0 and heaps[k, 0] >> _ID_BITS <= now:
+        r = heaps[k, 0] & _ID_MASK
+        _remove(heaps, k, lanes[k, L_B], 0)
+        if reqs[r, NXT] >= 0:
+            reqs[reqs[r, NXT], PRV] = reqs[r, PRV]
         else:
-            lane[L_TAIL] = req[PRV]
-        if req[PRV] >= 0:
-            reqs[req[PRV], NXT] = req[NXT]
-        tokens = req[INPUT] + req[STEPS]
-        lane[L_B] -= 1
-        lane[L_COUNT] -= 1
-        lane[L_C] -= tokens + 1
-        phase[(tokens + 1 - now) & 15] -= 1
-        row[D_SLACK] += _blocks(tokens)
-        req[LAST] = t
+            lanes[k, L_TAIL] = reqs[r, PRV]
+        if reqs[r, PRV] >= 0:
+            reqs[reqs[r, PRV], NXT] = reqs[r, NXT]
+        tokens = reqs[r, INPUT] + reqs[r, STEPS]
+        lanes[k, L_B] -= 1
+        lanes[k, L_COUNT] -= 1
+        lanes[k, L_C] -= tokens + 1
+        phases[k, (tokens + 1 - now) & 15] -= 1
+        decode[d, D_SLACK] += _blocks(tokens)
+        reqs[r, LAST] = t
         ended = True
-    if ended and row[D_WHEAD] >= 0:
+    if ended and decode[d, D_WHEAD] >= 0:
         _admit(
             d, t, seen, reqs, lanes, phases, decode, tree, when, lane_source, moved_source, ticks_per_token, latency_ticks
         )  # fmt: skip
 
-    needed = phase[(1 - now) & 15]
+    needed = phases[k, (1 - now) & 15]
     extra = 0
-    r = lane[L_JHEAD]
+    r = lanes[k, L_JHEAD]
     while r >= 0:
-        req = reqs[r]
-        after = req[NXT]
-        req[JOIN] = now
-        if req[BEGUN] < 0:
-            req[BEGUN] = t
-        extra += req[EXTRA]
-        tokens = req[INPUT] + req[DONE] + 1
-        row[D_OUTSIDE] -= tokens
-        lane[L_C] += tokens
-        phase[(tokens - now) & 15] += 1
-        _push(heap, lane[L_B], ((now + req[STEPS] - req[DONE]) << _ID_BITS) | r)
-        lane[L_B] += 1
-        req[PRV] = lane[L_TAIL]
-        req[NXT] = -1
-        if lane[L_TAIL] >= 0:
-            reqs[lane[L_TAIL], NXT] = r
-        lane[L_TAIL] = r
+        after = reqs[r, NXT]
+        reqs[r, JOIN] = now
+        if reqs[r, BEGUN] < 0:
+            reqs[r, BEGUN] = t
+        extra += reqs[r, EXTRA]
+        tokens = reqs[r, INPUT] + reqs[r, DONE] + 1
+        decode[d, D_OUTSIDE] -= tokens
+        lanes[k, L_C] += tokens
+        phases[k, (tokens - now) & 15] += 1
+        _push(heaps, k, lanes[k, L_B], ((now + reqs[r, STEPS] - reqs[r, DONE]) << _ID_BITS) | r)
+        lanes[k, L_B] += 1
+        reqs[r, PRV] = lanes[k, L_TAIL]
+        reqs[r, NXT] = -1
+        if lanes[k, L_TAIL] >= 0:
+            reqs[lanes[k, L_TAIL], NXT] = r
+        lanes[k, L_TAIL] = r
         r = after
-    lane[L_JHEAD] = -1
+    lanes[k, L_JHEAD] = -1
 
-    if needed > row[D_SLACK]:
+    if needed > decode[d, D_SLACK]:
         _tighten(d, t, seen, lanes, phases, decode, tree, when, lane_source)
-    while needed > row[D_SLACK]:
-        r = lane[L_TAIL]
-        req = reqs[r]
-        key = ((req[JOIN] + req[STEPS] - req[DONE]) << _ID_BITS) | r
+    while needed > decode[d, D_SLACK]:
+        r = lanes[k, L_TAIL]
+        key = ((reqs[r, JOIN] + reqs[r, STEPS] - reqs[r, DONE]) << _ID_BITS) | r
         i = 0
-        while heap[i] != key:
+        while heaps[k, i] != key:
             i += 1
-        _remove(heap, lane[L_B], i)
-        done = req[DONE] + now - req[JOIN]
-        tokens = req[INPUT] + done
-        lane[L_TAIL] = req[PRV]
-        if req[PRV] >= 0:
-            reqs[req[PRV], NXT] = -1
-        lane[L_B] -= 1
-        lane[L_COUNT] -= 1
-        lane[L_C] -= tokens + 1
-        phase[(tokens + 1 - now) & 15] -= 1
-        row[D_OUTSIDE] += tokens + 1
-        if req[JOIN] == now:
-            row[D_SLACK] += _blocks(tokens + 1)
-            extra -= req[EXTRA]
+        _remove(heaps, k, lanes[k, L_B], i)
+        done = reqs[r, DONE] + now - reqs[r, JOIN]
+        tokens = reqs[r, INPUT] + done
+        lanes[k, L_TAIL] = reqs[r, PRV]
+        if reqs[r, PRV] >= 0:
+            reqs[reqs[r, PRV], NXT] = -1
+        lanes[k, L_B] -= 1
+        lanes[k, L_COUNT] -= 1
+        lanes[k, L_C] -= tokens + 1
+        phases[k, (tokens + 1 - now) & 15] -= 1
+        decode[d, D_OUTSIDE] += tokens + 1
+        if reqs[r, JOIN] == now:
+            decode[d, D_SLACK] += _blocks(tokens + 1)
+            extra -= reqs[r, EXTRA]
         else:
-            row[D_SLACK] += _blocks(tokens)
+            decode[d, D_SLACK] += _blocks(tokens)
             if tokens & 15 == 0:
                 needed -= 1
-        req[DONE] = done
-        req[EXTRA] = row[D_PP] * _prefill_ticks(
-            tokens, tokens * tokens, knots, values, sizes, quad, row[D_TABLE]
+        reqs[r, DONE] = done
+        reqs[r, EXTRA] = decode[d, D_PP] * _prefill_ticks(
+            tokens, tokens * tokens, knots, values, sizes, quad, decode[d, D_TABLE]
         )
-        req[NXT] = row[D_WHEAD]
-        if row[D_WHEAD] < 0:
-            row[D_WTAIL] = r
-        row[D_WHEAD] = r
-    row[D_SLACK] -= needed
+        reqs[r, NXT] = decode[d, D_WHEAD]
+        if decode[d, D_WHEAD] < 0:
+            decode[d, D_WTAIL] = r
+        decode[d, D_WHEAD] = r
+    decode[d, D_SLACK] -= needed
 
-    size = lane[L_B]
+    size = lanes[k, L_B]
     if size == 0:
         _set(tree, when, lane_source + k, NEVER)
         return
-    table = row[D_TABLE]
+    table = decode[d, D_TABLE]
     last = base.shape[1] - 1
     if size <= last:
         fixed = base[table, size]
@@ -423,80 +414,104 @@ def _boundary(
     else:
         fixed = base[table, last] + (base[table, last] - base[table, last - 1]) * (size - last)
         slope = ctx[table, last]
-    lane[L_T0] = t
-    lane[L_EXTRA] = extra
-    lane[L_E] = fixed + slope * lane[L_C]
-    lane[L_Q] = slope * size
-    lane[L_STEPS] = 1
-    lane[L_SPAN] = extra + lane[L_E]
-    steps = (heap[0] >> _ID_BITS) - now
-    grown = _growth(phase, lane, steps)
-    if grown > row[D_SLACK]:
-        steps = min(steps, 1 + ((row[D_SLACK] // size) << 4))
-        grown = _growth(phase, lane, steps)
+    lanes[k, L_T0] = t
+    lanes[k, L_EXTRA] = extra
+    lanes[k, L_E] = fixed + slope * lanes[k, L_C]
+    lanes[k, L_Q] = slope * size
+    lanes[k, L_STEPS] = 1
+    lanes[k, L_SPAN] = extra + lanes[k, L_E]
+    steps = (heaps[k, 0] >> _ID_BITS) - now
+    grown = _growth(phases, lanes, k, steps)
+    if grown > decode[d, D_SLACK]:
+        steps = min(steps, 1 + ((decode[d, D_SLACK] // size) << 4))
+        grown = _growth(phases, lanes, k, steps)
         while True:
-            next_one = phase[(1 - now - steps) & 15]
-            if grown + next_one > row[D_SLACK]:
+            next_one = phases[k, (1 - now - steps) & 15]
+            if grown + next_one > decode[d, D_SLACK]:
                 break
             grown += next_one
             steps += 1
-    row[D_SLACK] -= grown
-    lane[L_K] = steps
-    _set(tree, when, lane_source + k, t + _span(lane, steps))
+    decode[d, D_SLACK] -= grown
+    lanes[k, L_K] = steps
+    _set(tree, when, lane_source + k, t + _span(lanes, k, steps))
     if first_from_decode:
-        r = lane[L_TAIL]
+        r = lanes[k, L_TAIL]
         while r >= 0 and reqs[r, JOIN] == now:
             if reqs[r, FIRST] < 0:
-                reqs[r, FIRST] = t + _span(lane, 1)
+                reqs[r, FIRST] = t + _span(lanes, k, 1)
             r = reqs[r, PRV]
+
+
+Table = npt.NDArray[np.int64]
+
+
+def tables(prefill: Table, decode: Table, heap_size: int) -> tuple[Table, ...]:
+    """The kernel's own tables for these instances, in the order in which `serve` takes them. Fills in D_LANE.
+
+    They are made here because compiled code that makes no array needs no reference counts (`_nrt`), which took
+    half of its time.
+    """
+    prefills, decodes = len(prefill), len(decode)
+    lanes_of = decode[:, D_PP]
+    decode[:, D_LANE] = np.cumsum(lanes_of) - lanes_of
+    count = int(lanes_of.sum())
+    lanes = np.zeros((count, LANE_COLUMNS), np.int64)
+    lanes[:, L_DECODE] = np.repeat(np.arange(decodes), lanes_of)
+    lanes[:, [L_TAIL, L_JHEAD]] = -1
+    phases = np.zeros((count, 16), np.int64)
+    heaps = np.empty((count, heap_size), np.int64)
+    free_at = np.zeros((prefills, int(prefill[:, P_PP].max(initial=1))), np.int64)
+    width = 1 << (2 * prefills + decodes + count).bit_length()
+    when = np.full(width, NEVER, np.int64)
+    tree = np.zeros(2 * width, np.int64)
+    return (
+        lanes,
+        phases,
+        heaps,
+        free_at,
+        np.zeros(prefills, np.int64),
+        np.zeros(decodes, np.int64),
+        when,
+        tree,
+    )
 
 
 @_cached
 def serve(
-    reqs: Any, prefill: Any, decode: Any, knots: Any, values: Any, sizes: Any, quad: Any, base: Any, ctx: Any,
-    heap_size: int, ticks_per_token: float, latency_ticks: float, first_from_decode: bool,
+    requests: Any, times: Any, reqs: Any, prefill: Any, decode: Any, lanes: Any, phases: Any, heaps: Any, free_at: Any,
+    queued: Any, loads: Any, when: Any, tree: Any, knots: Any, values: Any, sizes: Any, quad: Any, base: Any, ctx: Any,
+    ticks_per_token: float, latency_ticks: float, first_from_decode: bool,
 ) -> int:  # fmt: skip
-    """Serve the requests (rows of `reqs`, by arrival); fills in their times; returns the number of events.
+    """Serve the requests; fills in `times`; returns the number of events.
+
+    requests int64 [3, n]: arrival ns, not falling; prompt tokens; decode steps, -1 = fits nowhere. times int64
+    [5, n]: ns of prefill start, first token, end of transfer, decode start, last token; -1 where it never happened.
 
     With no prefill instance requests arrive at the decode side. A negative latency: KV needs no transfer. With no
     decode instance every request ends at its prefill's end.
 
-    int64: reqs [n, REQUEST_COLUMNS], prefill [p, PREFILL_COLUMNS], decode [d, DECODE_COLUMNS], sizes [tables],
-    base and ctx [tables, batches] in ticks; float64 ns: knots, values [tables, knots], quad [tables].
+    int64: reqs [n, REQUEST_COLUMNS] (as it comes), prefill [p, PREFILL_COLUMNS], decode [d, DECODE_COLUMNS], those of `tables`,
+    sizes [shapes], base and ctx [shapes, batches] in ticks; float64 ns: knots, values [shapes, knots],
+    quad [shapes].
     """
-    n, prefills, decodes = len(reqs), len(prefill), len(decode)
-    lane_count = 0
-    stages = 1
-    for i in range(decodes):
-        decode[i, D_LANE] = lane_count
-        lane_count += decode[i, D_PP]
-    for i in range(prefills):
-        stages = max(stages, prefill[i, P_PP])
-    lanes = np.zeros((lane_count, LANE_COLUMNS), np.int64)
-    phases = np.zeros((lane_count, 16), np.int64)
-    heaps = np.empty((lane_count, heap_size), np.int64)
-    for i in range(decodes):
-        for k in range(decode[i, D_LANE], decode[i, D_LANE] + decode[i, D_PP]):
-            lanes[k, L_DECODE] = i
-            lanes[k, L_TAIL] = -1
-            lanes[k, L_JHEAD] = -1
-    free_at = np.zeros((prefills, stages), np.int64)
-    queued = np.zeros(prefills, np.int64)
-    loads = np.zeros(decodes, np.int64)
-
+    n, prefills, decodes, width = len(reqs), len(prefill), len(decode), len(when)
     ended_source = 1
     moved_source = ended_source + prefills
     lane_source = moved_source + decodes
-    start_source = lane_source + lane_count
-    width = 1
-    while width < start_source + prefills:
-        width *= 2
-    when = np.full(width, NEVER, np.int64)
-    tree = np.zeros(2 * width, np.int64)
+    start_source = lane_source + len(lanes)
     for i in range(width):
         tree[width + i] = i
     for i in range(width - 1, 0, -1):
         tree[i] = tree[2 * i]
+    origin = requests[0, 0] if n else 0
+    for r in range(n):
+        for column in range(REQUEST_COLUMNS):
+            reqs[r, column] = -1
+        reqs[r, ARRIVAL] = (requests[0, r] - origin) * TICKS
+        reqs[r, INPUT] = requests[1, r]
+        reqs[r, STEPS] = requests[2, r]
+        reqs[r, DONE] = 0
+        reqs[r, EXTRA] = 0
     coming = 0
     while coming < n and reqs[coming, STEPS] < 0:
         coming += 1
@@ -509,18 +524,17 @@ def serve(
         source = tree[1]
         t = when[source]
         if t == NEVER:
-            return events
+            break
         events += 1
         if source >= start_source:
             p = source - start_source
-            row = prefill[p]
-            free = row[P_FREE]
+            free = prefill[p, P_FREE]
             total, squares, count = 0, 0, 0
-            head = row[P_HEAD]
+            head = prefill[p, P_HEAD]
             r = head
             while r >= 0:
                 tokens = reqs[r, INPUT]
-                if _blocks(tokens) > free or (count > 0 and total + tokens > row[P_BATCH]):
+                if _blocks(tokens) > free or (count > 0 and total + tokens > prefill[p, P_BATCH]):
                     break
                 free -= _blocks(tokens)
                 total += tokens
@@ -531,17 +545,17 @@ def serve(
             if count == 0:  # blocked until a transfer frees blocks
                 _set(tree, when, source, NEVER)
                 continue
-            row[P_FREE] = free
-            row[P_HEAD] = r
-            ticks = _prefill_ticks(total, squares, knots, values, sizes, quad, row[P_TABLE])
+            prefill[p, P_FREE] = free
+            prefill[p, P_HEAD] = r
+            ticks = _prefill_ticks(total, squares, knots, values, sizes, quad, prefill[p, P_TABLE])
             end = t
-            for stage in range(row[P_PP]):
+            for stage in range(prefill[p, P_PP]):
                 end = max(end, free_at[p, stage]) + ticks
                 free_at[p, stage] = end
             reqs[head, EXTRA] = end
             reqs[head, BATCH] = count
-            if row[P_RUN] < 0:
-                row[P_RUN] = head
+            if prefill[p, P_RUN] < 0:
+                prefill[p, P_RUN] = head
                 _set(tree, when, ended_source + p, end)
             _set(tree, when, source, free_at[p, 0] if r >= 0 else NEVER)
         elif source >= lane_source:
@@ -565,8 +579,7 @@ def serve(
             _join(r, d, t, -1, reqs, lanes, phases, decode, tree, when, lane_source)
         elif source >= ended_source:
             p = source - ended_source
-            row = prefill[p]
-            r = row[P_RUN]
+            r = prefill[p, P_RUN]
             freed = False
             for _ in range(reqs[r, BATCH]):
                 after = reqs[r, NXT]
@@ -576,7 +589,7 @@ def serve(
                     reqs[r, FIRST] = t
                 if reqs[r, STEPS] == 0:
                     reqs[r, LAST] = t
-                    row[P_FREE] += _blocks(reqs[r, INPUT])
+                    prefill[p, P_FREE] += _blocks(reqs[r, INPUT])
                     freed = True
                 else:
                     _to_decode(
@@ -585,10 +598,10 @@ def serve(
                     )  # fmt: skip
                 r = after
             if r < 0:
-                row[P_TAIL] = -1
-            row[P_RUN] = -1 if r == row[P_HEAD] else r
-            _set(tree, when, source, reqs[r, EXTRA] if row[P_RUN] >= 0 else NEVER)
-            if freed and row[P_HEAD] >= 0 and when[start_source + p] == NEVER:
+                prefill[p, P_TAIL] = -1
+            prefill[p, P_RUN] = -1 if r == prefill[p, P_HEAD] else r
+            _set(tree, when, source, reqs[r, EXTRA] if prefill[p, P_RUN] >= 0 else NEVER)
+            if freed and prefill[p, P_HEAD] >= 0 and when[start_source + p] == NEVER:
                 _set(tree, when, start_source + p, max(t, free_at[p, 0]))
         else:
             r = coming
@@ -598,15 +611,14 @@ def serve(
             _set(tree, when, 0, reqs[coming, ARRIVAL] if coming < n else NEVER)
             if prefills:
                 p = _choose_prefill(queued)
-                row = prefill[p]
                 queued[p] += reqs[r, INPUT]
                 reqs[r, SOURCE] = p
                 reqs[r, NXT] = -1
-                if row[P_TAIL] >= 0:
-                    reqs[row[P_TAIL], NXT] = r
-                row[P_TAIL] = r
-                if row[P_HEAD] < 0:
-                    row[P_HEAD] = r
+                if prefill[p, P_TAIL] >= 0:
+                    reqs[prefill[p, P_TAIL], NXT] = r
+                prefill[p, P_TAIL] = r
+                if prefill[p, P_HEAD] < 0:
+                    prefill[p, P_HEAD] = r
                     _set(tree, when, start_source + p, max(t, free_at[p, 0]))
             else:
                 reqs[r, FIRST] = t
@@ -617,3 +629,9 @@ def serve(
                         r, t, reqs, lanes, phases, decode, loads, tree, when, lane_source, moved_source,
                         ticks_per_token, latency_ticks,
                     )  # fmt: skip
+
+    for r in range(n):
+        for i, column in enumerate((START, FIRST, MOVED, BEGUN, LAST)):
+            ticks = reqs[r, column]
+            times[i, r] = -1 if ticks < 0 else ticks // TICKS + origin
+    return events

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from disaggserve.api.errors import InvalidInput
 from disaggserve.latency import StepTimes
 from disaggserve.simulate import kernel
 from disaggserve.workload import Requests
@@ -18,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 _MAX_SPAN_NS = 2**50  # 13 days of arrivals: leaves room in 63 bits of ticks for queues to drain
 
 
-class BadDeployment(ValueError):
+class BadDeployment(InvalidInput):
     """What cannot be simulated, in one sentence."""
 
 
@@ -96,7 +97,7 @@ def _serve(
     latency_ticks: float,
     first_from_decode: bool,
 ) -> Outcome:
-    arrival = np.asarray(requests.arrival_ns, dtype=np.int64)
+    arrival = requests.arrival_ns
     n = len(arrival)
     origin = int(arrival[0]) if n else 0
     if n >= kernel.MAX_REQUESTS:
@@ -109,21 +110,16 @@ def _serve(
                 f"a pool has {pool.count} instances of {pool.blocks} KV blocks, pp {pool.times.pp}"
             )
 
-    # Column-wise fill of a row-wise table: a request's row is two cache lines in the kernel.
-    table = np.full((n, kernel.REQUEST_COLUMNS), -1, dtype=np.int64)
-    inputs = np.asarray(requests.input, dtype=np.int64)
-    outputs = np.asarray(requests.output, dtype=np.int64)
-    table[:, kernel.ARRIVAL] = (arrival - origin) * kernel.TICKS
-    table[:, kernel.INPUT] = inputs
-    steps = outputs - (0 if first_from_decode else 1) if decode else np.zeros(n, np.int64)
+    rows = np.empty((3, n), dtype=np.int64)
+    rows[0], rows[1] = arrival, requests.input
+    rows[2] = requests.output - (0 if first_from_decode else 1) if decode else 0
+    inputs, steps = rows[1], rows[2]
     fits = np.ones(n, dtype=np.bool_)
     if prefill:
         fits &= _blocks(inputs) <= min(p.blocks for p in prefill)
     if decode:
         fits &= (steps == 0) | (_blocks(inputs + steps) <= min(p.blocks for p in decode))
-    table[:, kernel.STEPS] = np.where(fits, steps, -1)
-    table[:, kernel.DONE] = 0
-    table[:, kernel.EXTRA] = 0
+    steps[~fits] = -1
 
     pools = prefill + decode
     prefills = _rows(prefill, kernel.PREFILL_COLUMNS)
@@ -136,30 +132,25 @@ def _serve(
         row[[kernel.D_WHEAD, kernel.D_WTAIL, kernel.D_THEAD, kernel.D_TTAIL]] = -1
         row[[kernel.D_SLACK, kernel.D_PP, kernel.D_TABLE]] = pool.blocks, pool.times.pp, len(prefill) + which
 
-    events = kernel.serve(
-        table,
+    times = np.empty((5, n), dtype=np.int64)
+    # No lane holds more requests than its instance has blocks.
+    heap_size = min(n, max((p.blocks for p in decode), default=1))
+    arguments: list[Any] = [
+        rows,
+        times,
+        np.empty((n, kernel.REQUEST_COLUMNS), dtype=np.int64),
         prefills,
         decodes,
+        *kernel.tables(prefills, decodes, heap_size),
         *_tables(tuple(p.times for p in pools)),
-        # No lane holds more requests than its instance has blocks.
-        min(n, max((p.blocks for p in decode), default=1)),
+        # Always the same types: every new combination would be compiled anew.
         float(ticks_per_token),
         float(latency_ticks),
-        first_from_decode,
-    )
-
-    def ns(column: int) -> Times:
-        ticks = table[:, column]
-        return np.where(ticks < 0, -1, (ticks >> 10) + origin)
-
-    return Outcome(
-        prefill_start_ns=ns(kernel.START),
-        first_ns=ns(kernel.FIRST),
-        transfer_end_ns=ns(kernel.MOVED),
-        decode_start_ns=ns(kernel.BEGUN),
-        last_ns=ns(kernel.LAST),
-        events=int(events),
-    )
+        bool(first_from_decode),
+    ]
+    events: int = kernel.serve(*arguments)
+    start, first, moved, begun, last = times
+    return Outcome(start, first, moved, begun, last, events)
 
 
 def _blocks(tokens: Times) -> Times:

@@ -1,0 +1,5 @@
+"""`python -m disaggserve.cli`."""
+
+from disaggserve.cli import main
+
+main()

@@ -1,0 +1,137 @@
+"""How plans and predictions are shown: tables for people, JSON and YAML for programs. Every number has its unit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from disaggserve import simulate
+from disaggserve.api.model import seconds
+from disaggserve.api.plan import Plan, Prediction, RolePlan
+from disaggserve.api.spec import Spec
+from disaggserve.plan import Draft
+
+_out = Console(highlight=False)
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A spinner on a terminal, nothing when piped."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with Console(stderr=True).status(what):
+        yield
+
+
+def dump(value: dict[str, Any], output: str) -> None:
+    print(
+        json.dumps(value, indent=2) if output == "json" else yaml.safe_dump(value, sort_keys=False),
+        end="\n" if output == "json" else "",
+    )
+
+
+def duration(value_s: float) -> str:
+    """`62 ms`, `1.43 s`."""
+    return f"{value_s * 1000:.0f} ms" if value_s < 1 else f"{value_s:.2f} s"
+
+
+def _nodes(role: RolePlan) -> str:
+    return ", ".join(f"{n.name} ({n.count})" if n.count > 1 else n.name for n in role.nodes)
+
+
+def roles_table(plan: Plan) -> Table:
+    table = Table("role", "instances", "shape", "GPUs", "nodes", box=None, pad_edge=False)
+    for r in plan.roles:
+        table.add_row(r.role, str(r.count), f"tp {r.tp}, pp {r.pp}", str(r.gpus), _nodes(r))
+    return table
+
+
+def plan(spec: Spec, draft: Draft) -> None:
+    """The plan in words."""
+    p = draft.plan
+    _out.print(
+        f"[bold]{spec.model.id}[/]: TTFT {spec.slo.ttft}, TPOT {spec.slo.tpot}, {spec.slo.attainment:.0%} of requests, {p.rate:g} req/s"
+    )
+    _out.print(f"{p.algorithm}: {p.affinity.lower()} affinity, {p.affinity_reason}")
+    _out.print()
+    _out.print(roles_table(p))
+    _out.print()
+    _out.print(
+        f"{p.gpus} GPUs; goodput {p.goodput:.2f} req/s, {p.goodput_per_gpu:.2f} req/s per GPU"
+        + (f" ({p.bound_share:.0%} of the physical bound, {p.bound:.1f})" if p.bound else "")
+    )
+    _out.print(_prediction_line(p.predicted, spec.slo.attainment))
+    _out.print(
+        f"step times: {p.latency_source}; traffic: {p.workload.source}, mean {p.workload.input_mean:.0f} tokens in, {p.workload.output_mean:.0f} out"
+    )
+    if p.bottleneck:
+        _out.print(f"what binds: {p.bottleneck}")
+    if p.emulated:
+        _out.print(
+            "[yellow]emulated[/]: the nodes are simulated; what is served there keeps a real GPU's time without one"
+        )
+    if draft.refusal:
+        _out.print(f"[red]not startable by this release[/]: {draft.refusal}")
+    if p.rejected:
+        table = Table("rejected", "because", box=None, pad_edge=False, title_justify="left")
+        for r in p.rejected:
+            table.add_row(r.what, r.reason)
+        _out.print()
+        _out.print(table)
+    if p.refused_nodes:
+        table = Table("node not counted", "because", box=None, pad_edge=False)
+        for node in p.refused_nodes:
+            table.add_row(node.name, node.reason)
+        _out.print()
+        _out.print(table)
+    if p.search:
+        _out.print(
+            f"\n[dim]{p.search.simulations} simulations in {p.search.seconds:.2f} s ({p.search.cpu_seconds:.2f} CPU-s)[/]"
+        )
+
+
+def _prediction_line(p: Prediction, target: float) -> str:
+    return (
+        f"predicted: attainment {p.attainment:.1%} ({p.attainment_low:.1%} to {p.attainment_high:.1%}, target {target:.0%}); "
+        f"TTFT p50 {duration(p.ttft.p50)}, p90 {duration(p.ttft.p90)}, p99 {duration(p.ttft.p99)}; "
+        f"TPOT p50 {duration(p.tpot.p50)}, p90 {duration(p.tpot.p90)}, p99 {duration(p.tpot.p99)}"
+    )
+
+
+def prediction(p: simulate.Prediction, promise: simulate.Promise, on: Plan, output: str) -> None:
+    """What a simulation says of a trace."""
+    names = ("p50", "p90", "p99")
+    if output != "table":
+        dump(
+            {
+                "attainment": round(p.attainment, 6),
+                "attainmentLow": round(p.low, 6),
+                "attainmentHigh": round(p.high, 6),
+                "ttft": {k: round(float(v), 6) for k, v in zip(names, p.ttft, strict=True)},
+                "tpot": {k: round(float(v), 6) for k, v in zip(names, p.tpot, strict=True)},
+                "requests": p.requests,
+                "latencySource": on.latency_source,
+            },
+            output,
+        )
+        return
+    table = Table("", "p50", "p90", "p99", "promise", box=None, pad_edge=False)
+    table.add_row("TTFT", *map(duration, p.ttft), duration(promise.ttft_s))
+    table.add_row("TPOT", *map(duration, p.tpot), duration(promise.tpot_s))
+    _out.print(
+        f"attainment {p.attainment:.1%} ({p.low:.1%} to {p.high:.1%}, target {promise.attainment:.0%}) of {p.requests} requests, simulated"
+    )
+    _out.print(table)
+    _out.print(f"step times: {on.latency_source}")
+
+
+def spec_promise(spec: Spec) -> str:
+    return f"TTFT {duration(seconds(spec.slo.ttft))}, TPOT {duration(seconds(spec.slo.tpot))}"

@@ -1,0 +1,516 @@
+"""`reconcile()` does everything: read, decide, commit, act, say. Handlers only call it.
+
+Level-triggered: it branches on what stands, never on what happened. Whatever it was doing when it was killed, the next call
+finds out from the cluster and goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from disaggserve import drift, manifests, plan, rollout
+from disaggserve.api.errors import DisaggServeError, Infeasible, InvalidManifest
+from disaggserve.api.manifest import parse_spec
+from disaggserve.api.model import seconds
+from disaggserve.api.plan import Commit, ExcludedNode, Slot, digest
+from disaggserve.api.spec import Spec
+from disaggserve.api.status import Decision, Observed, Proposal, RolloutStatus
+from disaggserve.cluster import commit as commits
+from disaggserve.cluster import events, metrics, observe, searching
+from disaggserve.cluster.apply import apply_all
+from disaggserve.cluster.client import PODS, RESOURCES, Cluster, Json, condition
+from disaggserve.cluster.clock import Clock, parse_rfc3339, rfc3339
+from disaggserve.cluster.commit import Stored
+from disaggserve.cluster.conditions import Report, merge_diff
+from disaggserve.cluster.prometheus import Traffic
+from disaggserve.cluster.settings import Settings
+from disaggserve.manifests import Owner
+from disaggserve.workload import Workload
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Change = dict[str, dict[str, str | None]]
+
+_EXCLUDED_S = 600.0
+_DRAIN_POLL_S = 0.5
+_WAIT_POLL_S = 2.0
+_RETRY_S = 10.0
+_REST_S = 300.0
+
+
+@dataclass(frozen=True)
+class Why:
+    """A reason to look for another plan."""
+
+    cause: str
+    reason: str
+    excluded: tuple[ExcludedNode, ...] = ()
+
+
+@dataclass
+class Memory:
+    """What saves work and is nowhere needed: losing it costs a search or a query, never a decision."""
+
+    failed: tuple[str, DisaggServeError] | None = None
+    looked_s: float = float("-inf")
+    traffic: drift.Traffic | None = None
+    verdict: drift.Verdict | None = None
+
+
+def why_replan(spec: Spec, snap: observe.Snapshot, now_s: float) -> Why | None:
+    """The first thing that makes the committed plan the wrong one, apart from traffic."""
+    if not snap.commits:
+        return Why("Spec", "first plan")
+    latest = snap.commits[-1]
+    if latest.commit.inputs != plan.inputs(spec):
+        return Why("Spec", "the spec changed")
+    lost = snap.lost_nodes(now_s)
+    standing = {n["metadata"]["name"]: n for n in snap.nodes}
+    for slot in latest.commit.instances:
+        node = standing.get(slot.node)
+        if node is None:
+            return Why("Nodes", f"node {slot.node} is gone")
+        if slot.node in lost:
+            return Why("Nodes", f"node {slot.node} has not been Ready for a minute")
+        if node.get("spec", {}).get("unschedulable"):
+            return Why("Nodes", f"node {slot.node} is cordoned")
+    wanted = {rollout.identity(s): s for s in latest.commit.instances}
+    mine = [i for i in snap.instances if i.alive and wanted.get(rollout.identity(i.slot)) == i.slot]
+    for i in mine:
+        if not i.scheduled and i.age_s > seconds(spec.rollout.schedule_timeout):
+            until = rfc3339(now_s + _EXCLUDED_S)
+            words = i.unscheduled_reason or "no word from the scheduler"
+            reason = (
+                f"{i.name} was not scheduled to {i.slot.node} within {spec.rollout.schedule_timeout}: {words}"
+            )
+            return Why("Nodes", reason, (ExcludedNode(name=i.slot.node, until=until, reason=words[:1000]),))
+    if len(snap.commits) > 1 and latest.commit.cause != "RollBack":
+        before = {rollout.identity(s) for s in snap.commits[-2].commit.instances}
+        for i in mine:
+            new = rollout.identity(i.slot) not in before
+            if new and i.scheduled and not i.ready and i.age_s > seconds(spec.rollout.ready_timeout):
+                return Why("RollBack", f"{i.name} was not ready within {spec.rollout.ready_timeout}")
+    return None
+
+
+class Reconciler:
+    """One per process. `pool` runs searches; everything that must last is in the cluster."""
+
+    def __init__(self, cluster: Cluster, settings: Settings, clock: Clock, pool: Executor) -> None:
+        self._cluster = cluster
+        self._settings = settings
+        self._clock = clock
+        self._pool = pool
+        self._traffic = Traffic(settings.prometheus_url)
+        self._committing = asyncio.Lock()
+        self._memory: dict[str, Memory] = {}
+
+    async def reconcile(self, namespace: str, name: str) -> float | None:
+        """Seconds after which to look again at the latest; None when the resource is gone."""
+        resource = await self._cluster.get(RESOURCES, namespace, name)
+        if resource is None or "deletionTimestamp" in resource["metadata"]:
+            return None
+        owner = Owner(name, namespace, resource["metadata"]["uid"])
+        report = Report(int(resource["metadata"]["generation"]))
+        again_s = _REST_S
+        try:
+            spec = parse_spec(resource["spec"])
+        except InvalidManifest as error:
+            report.set("PlanFeasible", "False", "InvalidSpec", str(error))
+        else:
+            again_s = await self._carry_out(owner, spec, report, resource.get("status", {}))
+        await self._write_status(owner, resource, report)
+        return again_s
+
+    async def _carry_out(self, owner: Owner, spec: Spec, report: Report, old: Json) -> float:
+        now_s = self._clock.now_s()
+        memory = self._memory.setdefault(owner.uid, Memory())
+        snap = await observe.snapshot(self._cluster, owner, now_s)
+        report.paused = spec.paused
+        looked = await self._look(owner, spec, snap, memory, now_s)
+        if spec.paused:
+            report.set("PlanFeasible", "Unknown", "Paused", "paused: nothing is planned or changed")
+        else:
+            snap = await self._decide(owner, spec, snap, memory, report, now_s, looked)
+        again_s = seconds(spec.replan.interval) if spec.replan.mode != "Off" else _REST_S
+        if snap.commits:
+            latest = snap.commits[-1]
+            report.plan = report.plan or latest.commit.plan
+            report.decision = report.decision or _decision(latest)
+            report.url = manifests.url(owner)
+            metrics.GPUS.labels(owner.namespace, owner.name).set(latest.commit.plan.gpus)
+            again_s = min(again_s, await self._act(owner, spec, snap, report, now_s))
+        else:
+            report.set("Ready", "False", "NoPlan", "no plan is committed")
+            report.set("Progressing", "False", "NoPlan", "nothing to carry out")
+            again_s = min(again_s, _RETRY_S)
+        self._say_traffic(spec, memory, report, old)
+        return again_s
+
+    # ---- decide
+
+    async def _look(
+        self, owner: Owner, spec: Spec, snap: observe.Snapshot, memory: Memory, now_s: float
+    ) -> bool:
+        """Reads traffic once an interval; True when there is a new look to judge."""
+        if spec.replan.mode == "Off":
+            memory.traffic = None
+            return False
+        if self._clock.monotonic_s() - memory.looked_s < seconds(spec.replan.interval):
+            return False
+        memory.looked_s = self._clock.monotonic_s()
+        window_s = seconds(spec.replan.window)
+        memory.traffic = await self._traffic.read(owner, now_s, window_s, spec.replan.breaches)
+        return bool(snap.commits)
+
+    async def _decide(
+        self,
+        owner: Owner,
+        spec: Spec,
+        snap: observe.Snapshot,
+        memory: Memory,
+        report: Report,
+        now_s: float,
+        looked: bool,
+    ) -> observe.Snapshot:
+        """Commits another plan where one is due; returns the snapshot that the rest acts on."""
+        why = why_replan(spec, snap, now_s)
+        report.set("PlanFeasible", "True", "Planned", "the committed plan keeps the promise in simulation")
+        if why is None and looked and memory.traffic is not None:
+            memory.verdict = await self._judge(spec, snap, memory.traffic, now_s)
+        if why is not None:
+            return await self._replan(owner, spec, snap, memory, report, why, now_s)
+        verdict = memory.verdict
+        if verdict is None or verdict.plan is None or verdict.for_revision != snap.commits[-1].revision:
+            return snap
+        if spec.replan.mode == "Advise":
+            report.proposal = Proposal(
+                prefill=verdict.plan.plan.prefill,
+                decode=verdict.plan.plan.decode,
+                gpus=verdict.plan.plan.gpus,
+                attainment=verdict.plan.plan.predicted.attainment,
+                reason=verdict.reason,
+            )
+            report.decision = Decision(time=rfc3339(now_s), action="Advise", reason=verdict.reason)
+            return snap
+        return await self._replan(owner, spec, snap, memory, report, Why("Drift", verdict.reason), now_s)
+
+    async def _judge(
+        self, spec: Spec, snap: observe.Snapshot, traffic: drift.Traffic, now_s: float
+    ) -> drift.Verdict:
+        latest = snap.commits[-1]
+        hour_ago = now_s - 3600
+        history = drift.History(
+            since_last_s=now_s - latest.created_s,
+            in_last_hour=sum(c.commit.cause == "Drift" and c.created_s > hour_ago for c in snap.commits),
+            revision=latest.revision,
+        )
+        facts = self._facts(snap, latest.commit.excluded_nodes, now_s)
+        return await self._run(searching.judge, spec, latest.commit, traffic, history, facts)
+
+    def _facts(self, snap: observe.Snapshot, excluded: Sequence[ExcludedNode], now_s: float) -> plan.Facts:
+        """What placement reads, with exclusions that have not run out."""
+        return plan.Facts(
+            nodes=tuple(snap.nodes),
+            pods=(*snap.pods, *snap.claims),
+            own={i.uid: i.slot for i in snap.instances if i.alive},
+            excluded={e.name: e.reason for e in excluded if parse_rfc3339(e.until) > now_s},
+            not_ready=tuple(sorted(snap.lost_nodes(now_s))),
+        )
+
+    async def _replan(
+        self,
+        owner: Owner,
+        spec: Spec,
+        snap: observe.Snapshot,
+        memory: Memory,
+        report: Report,
+        why: Why,
+        now_s: float,
+    ) -> observe.Snapshot:
+        """Searches, checks the path, commits. Whatever fails leaves the committed plan in force and says why."""
+        latest = snap.commits[-1].commit if snap.commits else None
+        excluded = (*(latest.excluded_nodes if latest else ()), *why.excluded)
+        workload = (
+            memory.traffic.latest(spec) if memory.traffic and plan.learned(spec, latest, why.cause) else None
+        )
+        try:
+            async with self._committing:
+                # Searched on what stands now: of two resources that want the same GPUs, the second sees the first's claim.
+                snap = await observe.snapshot(self._cluster, owner, now_s)
+                facts = self._facts(snap, excluded, now_s)
+                if why.cause == "RollBack":
+                    draft = plan.Draft(snap.commits[-2].commit.plan, snap.commits[-2].commit.instances, None)
+                else:
+                    draft = await self._search(spec, facts, workload, latest, memory)
+                if draft.refusal:
+                    report.plan = draft.plan  # explained, not committed
+                    report.set("PlanFeasible", "False", "NotStartable", draft.refusal)
+                    return snap
+                if latest and why.cause == "Drift" and draft.instances == latest.instances:
+                    return snap
+                blocked = self._blocked(spec, snap, facts, draft, latest)
+                if blocked:
+                    reason = f"a new plan ({why.reason}) waits: {blocked}"
+                    report.decision = Decision(time=rfc3339(now_s), action="Hold", reason=reason[:4000])
+                    report.set("Progressing", "False", "HeldForGPUs", reason)
+                    await events.say(self._cluster, owner, "Warning", "Hold", reason, now_s, why.cause)
+                    return snap
+                return await self._commit(owner, spec, snap, draft, why, excluded, now_s)
+        except Infeasible as error:
+            await self._infeasible(owner, snap, report, error, why, now_s)
+        except DisaggServeError as error:
+            report.set("PlanFeasible", "False", type(error).__name__, str(error))
+            await events.say(self._cluster, owner, "Warning", "NoPlan", str(error), now_s, why.cause)
+        return snap
+
+    async def _search(
+        self,
+        spec: Spec,
+        facts: plan.Facts,
+        workload: Workload | None,
+        latest: Commit | None,
+        memory: Memory,
+    ) -> plan.Draft:
+        """A plan from the search process. A search that failed is not repeated on the same inputs."""
+        previous = latest.instances if latest else ()
+        key = digest(
+            [
+                plan.inputs(spec),
+                facts.key(),
+                workload.source if workload else "",
+                workload.rate if workload else 0,
+            ]
+        )
+        if memory.failed and memory.failed[0] == key:
+            raise memory.failed[1]
+        try:
+            draft = await self._run(searching.draft, spec, facts, workload, previous)
+        except DisaggServeError as error:
+            memory.failed = (key, error)
+            raise
+        memory.failed = None
+        if draft.plan.search:
+            metrics.SEARCH_SECONDS.observe(draft.plan.search.seconds)
+        return draft
+
+    def _blocked(
+        self, spec: Spec, snap: observe.Snapshot, facts: plan.Facts, draft: plan.Draft, latest: Commit | None
+    ) -> str:
+        """Why the new plan cannot be reached with the GPUs that are free; empty when it can."""
+        current = latest.instances if latest else ()
+        limits = self._limits(spec, facts)
+        return rollout.play(snap.instances, current, draft.instances, limits).blocked_by
+
+    def _limits(self, spec: Spec, facts: plan.Facts) -> rollout.Limits:
+        return rollout.Limits(
+            free=plan.free_gpus(spec, facts),
+            max_surge_gpus=spec.rollout.max_surge_gpus,
+            drain_timeout_s=seconds(spec.rollout.drain_timeout),
+        )
+
+    async def _commit(
+        self,
+        owner: Owner,
+        spec: Spec,
+        snap: observe.Snapshot,
+        draft: plan.Draft,
+        why: Why,
+        excluded: tuple[ExcludedNode, ...],
+        now_s: float,
+    ) -> observe.Snapshot:
+        number = snap.commits[-1].revision + 1 if snap.commits else 1
+        commit = Commit.model_validate(
+            {
+                "plan": draft.plan.model_copy(update={"revision": number}),
+                "instances": draft.instances,
+                "inputs": plan.inputs(spec),
+                "workload_inputs": plan.workload_inputs(spec),
+                "cause": why.cause,
+                "reason": why.reason[:4000],
+                "excluded_nodes": tuple(e for e in excluded if parse_rfc3339(e.until) > now_s),
+            }
+        )
+        if not await commits.write(self._cluster, owner, commit):
+            log.warning("%s/%s: revision %d was committed by another", owner.namespace, owner.name, number)
+        else:
+            metrics.COMMITS.labels(why.cause).inc()
+            note = f"revision {number}: {plan.in_words(commit.plan)} ({why.reason})"
+            reason = "Replan" if why.cause == "Drift" else "RollBack" if why.cause == "RollBack" else "Plan"
+            await events.say(self._cluster, owner, "Normal", reason, note, now_s, str(number))
+            log.info("%s/%s: %s", owner.namespace, owner.name, note)
+        return await observe.snapshot(self._cluster, owner, now_s)
+
+    async def _infeasible(
+        self, owner: Owner, snap: observe.Snapshot, report: Report, error: Infeasible, why: Why, now_s: float
+    ) -> None:
+        reason, message = error.limit, str(error)
+        if error.limit == "GPUs":
+            others = searching.gpus_of_others(snap.pods, snap.claims, {i.uid for i in snap.instances})
+            reason = "GPUsClaimed" if others else "InsufficientGPUs"
+            if others:
+                message += f"; {others} GPUs are held or claimed by others"
+        report.set("PlanFeasible", "False", reason, message)
+        await events.say(self._cluster, owner, "Warning", "Infeasible", message, now_s, why.cause)
+
+    async def _run(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    # ---- act
+
+    async def _act(
+        self, owner: Owner, spec: Spec, snap: observe.Snapshot, report: Report, now_s: float
+    ) -> float:
+        """One step of the rollout; seconds after which to look again."""
+        latest = snap.commits[-1]
+        target = latest.commit.instances
+        current = snap.commits[-2].commit.instances if len(snap.commits) > 1 else ()
+        facts = self._facts(snap, latest.commit.excluded_nodes, now_s)
+        instances = await observe.with_loads(snap.instances, snap.routers)
+        step = rollout.next_step(instances, current, target, self._limits(spec, facts))
+        if not spec.paused:
+            images = self._settings.images
+            context = plan.context_length(spec)
+            await apply_all(self._cluster, manifests.around(owner, spec, context, images))
+            await self._take(owner, spec, step, latest, context, now_s)
+            await apply_all(self._cluster, [manifests.disruption_budget(owner, len(target))])
+            await commits.prune(self._cluster, owner, snap.commits)
+        self._say_progress(report, snap, instances, target, step, latest)
+        if any(i.drain_age_s is not None for i in instances) or step.acts:
+            return _DRAIN_POLL_S
+        return _WAIT_POLL_S if not step.done else _REST_S
+
+    async def _take(
+        self, owner: Owner, spec: Spec, step: rollout.Step, latest: Stored, context: int, now_s: float
+    ) -> None:
+        """Every write of a step is right on its own: killed between any two, the next reconcile takes the rest."""
+        for c in step.create:
+            pod = manifests.worker_pod(
+                owner, spec, c.slot, c.attempt, latest.revision, context, self._settings.images
+            )
+            await self._cluster.create(PODS, pod)
+        for i in step.admit:
+            change: Change = {"labels": {manifests.DRAIN: None}, "annotations": {manifests.DRAIN_SINCE: None}}
+            await self._relabel(owner, i, change)
+        for i in step.drain:
+            change = {
+                "labels": {manifests.DRAIN: "true"},
+                "annotations": {manifests.DRAIN_SINCE: rfc3339(now_s)},
+            }
+            await self._relabel(owner, i, change)
+        for i in step.delete:
+            await self._cluster.delete(PODS, owner.namespace, i.name, i.uid)
+
+    async def _relabel(self, owner: Owner, instance: rollout.Instance, change: Change) -> None:
+        await self._cluster.merge(
+            PODS, owner.namespace, instance.name, {"metadata": {"uid": instance.uid, **change}}
+        )
+
+    # ---- say
+
+    def _say_progress(
+        self,
+        report: Report,
+        snap: observe.Snapshot,
+        instances: Sequence[rollout.Instance],
+        target: Sequence[Slot],
+        step: rollout.Step,
+        latest: Stored,
+    ) -> None:
+        serving = [i for i in instances if i.serves]
+        pairs = {i.slot.pairing_key for i in serving if i.slot.role == "prefill"}
+        pairs &= {i.slot.pairing_key for i in serving if i.slot.role == "decode"}
+        router = any(
+            condition(r["status"].get("conditions", []), "Ready").get("status") == "True"
+            for r in snap.routers
+        )
+        ready = set(map(rollout.identity, (i.slot for i in serving)))
+        count = sum(rollout.identity(s) in ready for s in target)
+        words = f"{count} of {len(target)} planned instances and {'a' if router else 'no'} router ready"
+        troubles = [f"{p['metadata']['name']}: {t}" for p in snap.own_pods if (t := observe.trouble(p))]
+        if troubles:
+            words += "; " + "; ".join(troubles[:3])
+        if pairs and router:
+            report.set("Ready", "True", "Serving", words)
+        else:
+            report.set("Ready", "False", "InstanceFailing" if troubles else "NotReady", words)
+        if report.paused:
+            report.set("Progressing", "False", "Paused", "paused: nothing is changed")
+        elif step.done:
+            if "Progressing" not in report.conditions:
+                report.set("Progressing", "False", "Complete", f"revision {latest.revision} is carried out")
+        else:
+            doing = [
+                f"{verb} {len(things)}"
+                for verb, things in (
+                    ("creating", step.create),
+                    ("admitting", step.admit),
+                    ("draining", step.drain),
+                    ("deleting", step.delete),
+                )
+                if things
+            ]
+            text = ", ".join(doing) or step.waiting or step.blocked_by
+            report.set(
+                "Progressing", "True", "RollingOut", f"revision {latest.revision} is being carried out"
+            )
+            report.rollout = RolloutStatus(
+                revision=latest.revision, step=text[:1000], blocked_by=step.blocked_by[:1000]
+            )
+
+    def _say_traffic(self, spec: Spec, memory: Memory, report: Report, old: Json) -> None:
+        """MeetingSLO keeps its word while the interval holds the target: noise alone writes nothing."""
+        traffic = memory.traffic
+        if traffic is None:
+            reason = "Off" if spec.replan.mode == "Off" else "NotLookedYet"
+            report.set("MetricsFresh", "Unknown", reason, "traffic has not been looked at")
+            report.set("MeetingSLO", "Unknown", reason, "traffic has not been looked at")
+            return
+        if traffic.unknown:
+            report.set("MetricsFresh", "False", "Unknown", f"{traffic.unknown}; the plan is held")
+            report.set("MeetingSLO", "Unknown", "MetricsUnknown", "traffic is unknown")
+            return
+        report.set("MetricsFresh", "True", "Fresh", "traffic is read from Prometheus")
+        window = traffic.windows[0]
+        before = condition(old.get("conditions", []), "MeetingSLO").get("status", "Unknown")
+        truth = drift.meeting(window, spec.slo.attainment, before)
+        words = {
+            "True": f"at least {spec.slo.attainment:.0%} of requests meet the promise",
+            "False": f"fewer than {spec.slo.attainment:.0%} of requests meet the promise",
+            "Unknown": "too few requests to say",
+        }
+        report.set(
+            "MeetingSLO", truth, {"True": "Met", "False": "Missed", "Unknown": "TooFew"}[truth], words[truth]
+        )
+        if window.lengths is not None:
+            report.observed = Observed(
+                rate=round(window.rate, 3),
+                input_mean=round(float(window.lengths.input.mean()), 1),
+                output_mean=round(float(window.lengths.output.mean()), 1),
+                cv=round(window.cv, 2),
+                attainment=window.attainment,
+                requests=window.requests,
+                window=spec.replan.window,
+                emulated=bool(report.plan and report.plan.emulated),
+            )
+
+    async def _write_status(self, owner: Owner, resource: Json, report: Report) -> None:
+        old = resource.get("status", {})
+        new = report.status(old, self._clock.now_s())
+        patch = merge_diff(old, new)
+        if patch:
+            body = {"metadata": {"uid": owner.uid}, "status": patch}
+            await self._cluster.merge(RESOURCES, owner.namespace, owner.name, body, subresource="status")
+
+
+def _decision(stored: Stored) -> Decision:
+    action = {"Spec": "Plan", "Nodes": "Plan", "Drift": "Replan", "RollBack": "RollBack"}[stored.commit.cause]
+    return Decision.model_validate(
+        {"time": rfc3339(stored.created_s), "action": action, "reason": stored.commit.reason}
+    )

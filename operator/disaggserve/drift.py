@@ -1,0 +1,179 @@
+"""Is the committed plan still the right one for the traffic that was seen? Decisions are compared, not statistics.
+
+Growing looks at minutes, shrinking at an hour. The current plan is simulated on each of the last windows; when it misses the
+promise in all of them, the placement is run on what was seen. When a plan with at most 80 % of its GPUs would keep the promise
+for the whole last hour, at the highest rate that any window saw, that is taken. Unknown is not zero: without a window there is
+no verdict but to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal
+
+import numpy as np
+
+from disaggserve import plan
+from disaggserve.api.errors import Infeasible
+from disaggserve.api.model import seconds
+from disaggserve.api.plan import Commit
+from disaggserve.api.spec import Spec
+from disaggserve.workload import Lengths, Workload
+
+SHRINK_TO = 0.8
+SHRINK_WINDOW_S = 3600.0
+MIN_REQUESTS = 30
+
+
+@dataclass(frozen=True)
+class Window:
+    """Traffic of one window, as the routers counted it. `rate`: arrivals per second; `judged`: requests with an outcome."""
+
+    rate: float
+    cv: float
+    requests: int
+    attainment: float | None
+    judged: int
+    lengths: Lengths | None
+
+    @property
+    def tells(self) -> bool:
+        """Whether there is enough in it to plan for."""
+        return self.requests >= MIN_REQUESTS and self.lengths is not None
+
+    def workload(self, spec: Spec) -> Workload:
+        assert self.lengths is not None, "ask `tells` first"
+        source = f"observed over {spec.replan.window}"
+        return Workload(rate=self.rate, cv=max(0.5, self.cv), lengths=self.lengths, source=source)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The last windows, latest first; `unknown` says why there are none. `hour`: the last hour as one, None until it was seen."""
+
+    windows: tuple[Window, ...]
+    unknown: str
+    hour: Window | None = None
+
+    def latest(self, spec: Spec) -> Workload | None:
+        """What to plan for: the last windows together, at their highest rate, with headroom and within the bounds."""
+        if not self.windows or not all(w.tells for w in self.windows):
+            return None
+        merged = merge(self.windows, spec)
+        return _bounded(merged, spec)
+
+
+@dataclass(frozen=True)
+class History:
+    """What the revisions' timestamps say."""
+
+    since_last_s: float
+    in_last_hour: int
+    revision: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`plan` is the better plan when there is one and it may be carried out now."""
+
+    reason: str
+    for_revision: int
+    plan: plan.Draft | None = None
+    missed: int = 0
+
+
+def merge(windows: Sequence[Window], spec: Spec) -> Workload:
+    """All windows as one: lengths in proportion to their requests, the highest rate and the highest CV."""
+    tables = [w.lengths for w in windows if w.lengths is not None]
+    lengths = Lengths(
+        "observed",
+        np.concatenate([t.input for t in tables]),
+        np.concatenate([t.output for t in tables]),
+    )
+    return Workload(
+        rate=max(w.rate for w in windows),
+        cv=max(0.5, *(w.cv for w in windows)),
+        lengths=lengths,
+        source=f"observed over {len(windows)} x {spec.replan.window}",
+    )
+
+
+def _bounded(seen: Workload, spec: Spec) -> Workload:
+    rate = seen.rate * spec.replan.headroom
+    if spec.workload.min_rate is not None:
+        rate = max(rate, spec.workload.min_rate)
+    if spec.workload.max_rate is not None:
+        rate = min(rate, spec.workload.max_rate)
+    return Workload(rate=round(rate, 3), cv=seen.cv, lengths=seen.lengths, source=seen.source)
+
+
+def meeting(window: Window, target: float, before: str) -> Literal["True", "False", "Unknown"]:
+    """True, False or Unknown; while the 95 % interval holds the target, what was said before stands."""
+    if window.attainment is None or window.judged < MIN_REQUESTS:
+        return "Unknown"
+    half = 1.96 * sqrt(max(window.attainment * (1 - window.attainment), 1e-4) / window.judged)
+    if window.attainment + half < target:
+        return "False"
+    if window.attainment - half >= target or before not in ("True", "False"):
+        return "True" if window.attainment >= target else "False"
+    return "True" if before == "True" else "False"
+
+
+def judge(spec: Spec, commit: Commit, traffic: Traffic, history: History, facts: plan.Facts) -> Verdict:
+    """One look. Pure: the same windows give the same verdict."""
+
+    def hold(reason: str, missed: int = 0) -> Verdict:
+        return Verdict(reason, history.revision, None, missed)
+
+    if traffic.unknown:
+        return hold(traffic.unknown)
+    needed = spec.replan.breaches
+    if len(traffic.windows) < needed:
+        return hold(f"{len(traffic.windows)} of {needed} windows seen since the router started")
+    windows = traffic.windows[:needed]
+    if not all(w.tells for w in windows):
+        return hold(f"fewer than {MIN_REQUESTS} requests in a window")
+    predictions = [plan.predict(commit.plan, w.workload(spec)) for w in windows]
+    missed = sum(p.attainment_high < spec.slo.attainment for p in predictions)
+    if 0 < missed < needed:
+        return hold(f"the plan misses the promise in {missed} of {needed} windows", missed)
+    if history.since_last_s < seconds(spec.replan.min_dwell):
+        return hold(
+            f"the last plan is {history.since_last_s:.0f} s old, minDwell is {spec.replan.min_dwell}", missed
+        )
+    if history.in_last_hour >= spec.replan.max_per_hour:
+        return hold(
+            f"{history.in_last_hour} plans in the last hour, maxPerHour is {spec.replan.max_per_hour}", missed
+        )
+    attained = min(p.attainment for p in predictions)
+    if missed:
+        wanted = _bounded(merge(windows, spec), spec)
+        draft = plan.draft(spec, facts, wanted, commit.instances)
+        if draft.plan.roles == commit.plan.roles:
+            return hold("the plan misses the promise and is still the best that can be had", missed)
+        reason = (
+            f"saw {_seen(wanted, spec)}: the plan would attain {attained:.1%} of {spec.slo.attainment:.0%}"
+        )
+        return Verdict(reason, history.revision, draft, missed)
+    keeps = f"the plan keeps the promise on what was seen ({attained:.1%})"
+    if traffic.hour is None or not traffic.hour.tells or history.since_last_s < SHRINK_WINDOW_S:
+        return hold(keeps)
+    wanted = _bounded(merge((traffic.hour, *windows), spec), spec)
+    try:
+        draft = plan.draft(spec, facts, wanted, commit.instances)
+    except Infeasible as error:
+        return hold(f"{keeps}; with headroom none would: {error}")
+    if draft.plan.gpus > SHRINK_TO * commit.plan.gpus:
+        return hold(keeps)
+    reason = f"saw {_seen(wanted, spec)} for an hour: {draft.plan.gpus} GPUs would do, the plan has {commit.plan.gpus}"
+    return Verdict(reason, history.revision, draft)
+
+
+def _seen(wanted: Workload, spec: Spec) -> str:
+    lengths = wanted.lengths
+    return (
+        f"{wanted.rate / spec.replan.headroom:.1f} req/s, prompts of {lengths.input.mean():.0f} "
+        f"and outputs of {lengths.output.mean():.0f} tokens on average"
+    )

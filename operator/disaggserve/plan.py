@@ -1,0 +1,517 @@
+"""From a spec and what stands to a plan that names every instance and its node. Pure: same inputs, same plan, same digest."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from disaggserve import catalogue, engines, hardware, search, simulate
+from disaggserve import workload as workloads
+from disaggserve.api.errors import Fault, Infeasible, InvalidInput, InvalidManifest
+from disaggserve.api.model import seconds
+from disaggserve.api.plan import (
+    Commit,
+    NodeShare,
+    Percentiles,
+    Plan,
+    Prediction,
+    RefusedNode,
+    Rejected,
+    RoleName,
+    RolePlan,
+    Search,
+    Setting,
+    Slot,
+    WorkloadSummary,
+    digest,
+    words,
+)
+from disaggserve.api.spec import PodSpec, Spec
+from disaggserve.workload import Workload
+
+Json = Mapping[str, Any]
+WORKER_CPU, WORKER_MEMORY = "1", "4Gi"
+_KEY_LENGTH = 10
+_TEMPLATE_VERSION = (
+    1  # raised only when old pods must be replaced: an upgrade of the operator restarts nothing
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What placement reads of the cluster. `own`: instances of this resource that stand, by pod uid; their GPUs are theirs."""
+
+    nodes: tuple[Json, ...]
+    pods: tuple[Json, ...] = ()
+    own: Mapping[str, Slot] = field(default_factory=dict)
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    not_ready: tuple[str, ...] = ()
+
+    def key(self) -> str:
+        """Digest of all that placement reads, so that an equal search need not be repeated."""
+        nodes = sorted(
+            digest(
+                [
+                    n["metadata"]["name"],
+                    n["metadata"].get("labels"),
+                    n.get("spec", {}).get("taints"),
+                    n.get("spec", {}).get("unschedulable"),
+                    n["status"].get("allocatable"),
+                    [c["status"] for c in n["status"].get("conditions", ()) if c["type"] == "Ready"],
+                ]
+            )
+            for n in self.nodes
+        )
+        pods = sorted(
+            str((p["spec"].get("nodeName"), sorted((k, str(v)) for k, v in hardware.requests(p).items())))
+            for p in self.pods
+        )
+        return digest(
+            [nodes, pods, sorted(map(str, self.own.values())), sorted(self.excluded), self.not_ready]
+        )
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan that is not committed. `refusal`: why this release would not start it, if it would not."""
+
+    plan: Plan
+    instances: tuple[Slot, ...]
+    refusal: str | None
+
+    def timed(self, wall_s: float, cpu_s: float) -> Draft:
+        """The same with what the search took."""
+        simulations = self.plan.search.simulations if self.plan.search else 0
+        took = Search(seconds=round(wall_s, 4), cpu_seconds=round(cpu_s, 4), simulations=simulations)
+        return replace(self, plan=self.plan.model_copy(update={"search": took}))
+
+
+# ---- identities
+
+
+def inputs(spec: Spec) -> str:
+    """Digest of the parts of the spec that the plan and its pods depend on."""
+    value = spec.json_value()
+    return digest(
+        {k: value.get(k) for k in ("model", "slo", "workload", "hardware", "engine", "planner", "plan")}
+    )
+
+
+def workload_inputs(spec: Spec) -> str:
+    """Digest of the traffic that the spec tells to expect."""
+    return digest(spec.json_value()["workload"])
+
+
+def pairing_key(spec: Spec) -> str:
+    """Hash of what must match for KV to be readable on the other side."""
+    engine = engines.engine(spec.engine.type)
+    return digest(
+        {
+            "engine": spec.engine.type,
+            "image": spec.engine.image,
+            "model": spec.model.id,
+            "revision": spec.model.revision,
+            "dtype": spec.model.dtype,
+            "kvDtype": spec.model.kv_dtype,
+            "blockTokens": engine.block_tokens,
+            "handoff": engine.handoff,
+        }
+    )[:_KEY_LENGTH]
+
+
+def template(spec: Spec) -> str:
+    """Hash of everything else that a worker pod is made of: another one means other pods."""
+    value: Any = spec.json_value()
+    return digest(
+        {
+            "version": _TEMPLATE_VERSION,
+            "args": value["engine"]["args"],
+            "pod": value["engine"]["pod"],
+            "servedName": spec.model.name,
+            "contextLength": spec.model.context_length,
+            "weights": value["model"].get("weights"),
+        }
+    )[:_KEY_LENGTH]
+
+
+# ---- the model and its traffic
+
+
+def model(spec: Spec) -> catalogue.Model:
+    """The catalogue's model, or the one that `model.config` describes."""
+    try:
+        if spec.model.config is not None:
+            return catalogue.model_from_config(spec.model.id, json.loads(spec.model.config))
+        return catalogue.model(spec.model.id)
+    except catalogue.UnknownModel as error:
+        raise InvalidManifest(
+            [Fault("spec.model.id", f"{error}; or give its config.json in spec.model.config")]
+        ) from None
+    except (catalogue.CatalogueError, ValueError) as error:
+        raise InvalidManifest([Fault("spec.model.config", str(error))]) from None
+
+
+def context_length(spec: Spec) -> int:
+    """Tokens of prompt and output together. Raises InvalidManifest above the model's own limit."""
+    limit = model(spec).max_positions
+    wanted = spec.model.context_length
+    if wanted is not None and wanted > limit:
+        problem = f"is {wanted}, above the {limit} tokens of {spec.model.id}; write at most {limit}"
+        raise InvalidManifest([Fault("spec.model.contextLength", problem)])
+    return wanted or limit
+
+
+def expected(spec: Spec) -> Workload:
+    """The first guess: the spec's rate as written, its lengths cut to the context."""
+    lengths = workloads.preset(spec.workload.lengths.preset)
+    scaled = lengths.scaled(spec.workload.lengths.input_scale, context_length(spec))
+    return Workload(rate=spec.workload.rate, cv=1.0, lengths=scaled, source="spec.workload")
+
+
+def learned(spec: Spec, latest: Commit | None, cause: str) -> bool:
+    """Whether to plan for observed traffic: always on drift, else once a plan was made for it and the guess is the same."""
+    if cause == "Drift":
+        return True
+    return (
+        latest is not None
+        and latest.plan.workload.source.startswith("observed")
+        and latest.workload_inputs == workload_inputs(spec)
+    )
+
+
+# ---- nodes
+
+
+def tolerations(pod: PodSpec) -> list[dict[str, Any]]:
+    """What worker pods tolerate: GPU nodes are nearly always tainted."""
+    mine = [t.model_dump(mode="json", exclude_none=True) for t in pod.tolerations]
+    return [{"key": hardware.GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"}, *mine]
+
+
+def inventory(spec: Spec, facts: Facts, ignore: frozenset[str] = frozenset()) -> hardware.Inventory:
+    """Usable nodes and the others with reasons; pods whose uid is in `ignore` take nothing."""
+    resources = spec.engine.pod.resources
+    request = hardware.PodRequest(
+        cpu=resources.cpu or WORKER_CPU,
+        memory=resources.memory or WORKER_MEMORY,
+        ephemeral_storage=resources.ephemeral_storage or "0",
+        devices=resources.rdma,
+    )
+    return hardware.read(
+        facts.nodes,
+        facts.pods,
+        tolerations=tolerations(spec.engine.pod),
+        node_selector=spec.hardware.node_selector,
+        pod_request=request,
+        excluded=facts.excluded,
+        ignore_pods=lambda pod: pod["metadata"].get("uid") in ignore,
+    )
+
+
+def free_gpus(spec: Spec, facts: Facts) -> dict[str, int]:
+    """GPUs free on each usable node now, after everything that stands there."""
+    return {n.name: n.gpus_free for n in inventory(spec, facts).nodes}
+
+
+# ---- the plan
+
+
+def draft(spec: Spec, facts: Facts, workload: Workload | None = None, previous: Sequence[Slot] = ()) -> Draft:
+    """The plan for the spec on these nodes, for `workload` or the spec's own guess.
+
+    Placed beside what stands where GPUs allow it, so that nothing need go before its successor serves; else in its place.
+    Raises Infeasible with the limit that binds, InvalidManifest where the spec is at fault.
+    """
+    workload = workload or expected(spec)
+    key, made = pairing_key(spec), template(spec)
+    stays = [s for s in facts.own.values() if (s.pairing_key, s.template) == (key, made)]
+    beside = inventory(spec, facts)
+    instead = inventory(spec, facts, frozenset(facts.own)) if facts.own else beside
+    found: tuple[Plan, tuple[search.Group, ...], hardware.Inventory] | None = None
+    for n, nodes in enumerate([beside, instead] if facts.own else [beside]):
+        keep = (
+            tuple(search.Standing(_side(s.role), s.tp, s.pp, s.node) for s in stays)
+            if nodes is beside
+            else ()
+        )
+        try:
+            found = (
+                _by_hand(spec, nodes, keep, workload) if spec.plan else _searched(spec, nodes, keep, workload)
+            )
+        except Infeasible:
+            if n or not facts.own:
+                raise
+        else:
+            break
+    assert found is not None
+    plan, groups, nodes = found
+    instances = _slots(groups, key, made, previous, list(facts.own.values()))
+    refused = tuple(RefusedNode(name=r.name, reason=r.reason) for r in beside.refused)
+    plan = plan.model_copy(update={"refused_nodes": refused[:256], "emulated": nodes.simulated})
+    plan = plan.model_copy(update={"digest": _digest(spec, workload, plan)})
+    return Draft(plan, instances, _refusal(spec, plan, nodes))
+
+
+def _searched(
+    spec: Spec, nodes: hardware.Inventory, keep: tuple[search.Standing, ...], workload: Workload
+) -> tuple[Plan, tuple[search.Group, ...], hardware.Inventory]:
+    algorithm = spec.planner.algorithm
+    assert algorithm != "Joint", "refused by a rule of the spec"
+    placement = search.place(
+        search.Problem(
+            model=model(spec),
+            promise=promise(spec),
+            workload=workload,
+            inventory=nodes,
+            engine=engines.engine(spec.engine.type),
+            algorithm=algorithm,
+            affinity=spec.hardware.affinity,
+            max_gpus=spec.hardware.max_gpus,
+            max_nodes_per_instance=spec.hardware.max_nodes_per_instance,
+            keep=keep,
+        )
+    )
+    plan = Plan(
+        algorithm=placement.algorithm,
+        affinity=placement.affinity,
+        affinity_reason=placement.affinity_reason,
+        gpus=placement.gpus,
+        rate=_figure(workload.rate),
+        goodput=_figure(placement.goodput),
+        goodput_per_gpu=_figure(placement.goodput / placement.gpus),
+        predicted=_prediction(placement.prediction),
+        roles=_roles(placement.groups),
+        prefill=words(_roles(placement.groups), "prefill"),
+        decode=words(_roles(placement.groups), "decode"),
+        bottleneck=placement.bottleneck,
+        bound=_figure(placement.bound),
+        bound_share=_figure(placement.bound_share),
+        latency_source=placement.latency_source,
+        workload=_summary(workload),
+        setting=_setting(spec, nodes, placement.groups, placement.link),
+        rejected=tuple(Rejected(what=what, reason=why[:1000]) for what, why in placement.rejected[:32]),
+        search=Search(seconds=0.0, cpu_seconds=0.0, simulations=placement.simulations),
+    )
+    return plan, placement.groups, nodes
+
+
+def _by_hand(
+    spec: Spec, nodes: hardware.Inventory, keep: tuple[search.Standing, ...], workload: Workload
+) -> tuple[Plan, tuple[search.Group, ...], hardware.Inventory]:
+    """A plan by hand is carried out as given, and simulated all the same."""
+    assert spec.plan is not None
+    wanted = [(r.role, r.tp, r.pp, r.count) for r in spec.plan.roles]
+    gpus = sum(tp * pp * count for _, tp, pp, count in wanted)
+    if gpus > spec.hardware.max_gpus:
+        raise Infeasible(
+            "GPUs", f"the plan by hand takes {gpus} GPUs, hardware.maxGPUs is {spec.hardware.max_gpus}"
+        )
+    for role in spec.plan.roles:
+        fault = model(spec).shape_fault(role.tp, role.pp)
+        if fault:
+            raise InvalidManifest([Fault("spec.plan.roles", f"tp {role.tp}, pp {role.pp}: {fault}")])
+    groups: tuple[search.Group, ...] = ()
+    named = [r for r in spec.plan.roles if r.nodes]
+    try:
+        pinned = tuple(
+            search.Group(
+                _side(r.role), r.tp, r.pp, r.count, tuple(sorted((n.name, n.count) for n in r.nodes))
+            )
+            for r in named
+        )
+        rest = [(_side(r.role), r.tp, r.pp, r.count) for r in spec.plan.roles if not r.nodes]
+        groups = (*pinned, *search.pack(rest, nodes, keep))
+    except search.NoRoom as error:
+        raise Infeasible("GPUs", f"the plan by hand does not fit: {error}") from None
+    affinity, reason = hardware.affinity(nodes, spec.hardware.affinity)
+    engine = engines.engine(spec.engine.type)
+    link = search.kv_link(nodes, groups)
+    deployment = search.deployment(model(spec), engine, nodes, groups, link)
+    plan = Plan(
+        algorithm="ByHand",
+        affinity=affinity,
+        affinity_reason=reason,
+        gpus=gpus,
+        rate=_figure(workload.rate),
+        goodput=0.0,
+        goodput_per_gpu=0.0,
+        predicted=_prediction(search.predict(deployment, workload, promise(spec))),
+        roles=_roles(groups),
+        prefill=words(_roles(groups), "prefill"),
+        decode=words(_roles(groups), "decode"),
+        latency_source=deployment.prefill[0].times.provenance.describe(),
+        workload=_summary(workload),
+        setting=_setting(spec, nodes, groups, link),
+        search=Search(seconds=0.0, cpu_seconds=0.0, simulations=0),
+    )
+    return plan, groups, nodes
+
+
+def replay(plan: Plan) -> tuple[simulate.Deployment, simulate.Promise]:
+    """The simulator's view of a plan, from nothing but the plan: for traces, and for other traffic than it was made for."""
+    setting = plan.setting
+    if setting is None:
+        raise InvalidInput(
+            "the plan has no `setting`: model, GPU, link and promise; give a plan of this release"
+        )
+    known = (
+        catalogue.model(setting.model)
+        if setting.config is None
+        else catalogue.model_from_config(setting.model, json.loads(setting.config))
+    )
+    shapes = [(_side(r.role), r.tp, r.pp, r.count) for r in plan.roles]
+    engine, gpu = engines.engine(setting.engine), catalogue.gpu(setting.gpu)
+    deployment = search.deployment(known, engine, gpu, shapes, setting.link)
+    return deployment, simulate.Promise(setting.ttft, setting.tpot, setting.attainment)
+
+
+def predict(plan: Plan, workload: Workload) -> Prediction:
+    """What a committed plan would attain under other traffic."""
+    deployment, promised = replay(plan)
+    return _prediction(search.predict(deployment, workload, promised))
+
+
+def warm_up() -> None:
+    """Loads the compiled kernels of this process, so that what is timed afterwards is the search."""
+    simulate.warm_up()
+
+
+def promise(spec: Spec) -> simulate.Promise:
+    return simulate.Promise(seconds(spec.slo.ttft), seconds(spec.slo.tpot), spec.slo.attainment)
+
+
+def in_words(plan: Plan) -> str:
+    """One line: shapes, GPUs, rate and what is predicted."""
+    p = plan.predicted
+    return (
+        f"prefill {plan.prefill}, decode {plan.decode} on {plan.gpus} GPUs for {plan.rate:g} req/s, "
+        f"predicted attainment {p.attainment:.1%} ({p.attainment_low:.1%} to {p.attainment_high:.1%})"
+    )
+
+
+# ---- pieces
+
+
+def _side(role: RoleName) -> engines.Role:
+    """prefill or decode; `mixed` is refused by a rule of the spec and never planned."""
+    assert role != "mixed"
+    return role
+
+
+def _figure(value: float) -> float:
+    return round(float(value), 4)
+
+
+def _setting(
+    spec: Spec, nodes: hardware.Inventory, groups: Sequence[search.Group], link: catalogue.Link
+) -> Setting:
+    products = {n.name: n.gpu.product for n in nodes.nodes}
+    used = sorted({products[name] for g in groups for name, _ in g.nodes if name in products})
+    return Setting(
+        model=spec.model.id,
+        config=spec.model.config,
+        engine=spec.engine.type,
+        gpu=used[0] if used else min(products.values()),
+        link=link.name,
+        ttft=seconds(spec.slo.ttft),
+        tpot=seconds(spec.slo.tpot),
+        attainment=spec.slo.attainment,
+    )
+
+
+def _percentiles(values: Sequence[float]) -> Percentiles:
+    p50, p90, p99 = (round(float(v), 6) for v in values)
+    return Percentiles(p50=p50, p90=p90, p99=p99)
+
+
+def _prediction(p: simulate.Prediction) -> Prediction:
+    return Prediction(
+        attainment=_figure(p.attainment),
+        attainment_low=_figure(p.low),
+        attainment_high=_figure(p.high),
+        ttft=_percentiles(p.ttft),
+        tpot=_percentiles(p.tpot),
+        requests=int(p.requests),
+    )
+
+
+def _summary(workload: Workload) -> WorkloadSummary:
+    return WorkloadSummary(
+        rate=_figure(workload.rate),
+        input_mean=round(float(workload.lengths.input.mean()), 1),
+        output_mean=round(float(workload.lengths.output.mean()), 1),
+        cv=_figure(workload.cv),
+        source=f"{workload.source}: {workload.lengths.name}"[:1000],
+    )
+
+
+def _roles(groups: Sequence[search.Group]) -> tuple[RolePlan, ...]:
+    return tuple(
+        RolePlan(
+            role=g.role,
+            tp=g.tp,
+            pp=g.pp,
+            count=g.count,
+            nodes=tuple(NodeShare(name=n, count=c) for n, c in g.nodes),
+        )
+        for g in sorted(groups, key=lambda g: (g.role != "prefill", g.tp, g.pp, g.nodes))
+    )
+
+
+def _slots(
+    groups: Sequence[search.Group], key: str, made: str, previous: Sequence[Slot], standing: Sequence[Slot]
+) -> tuple[Slot, ...]:
+    """Gives every instance its slot: one that the last plan has, or that stands, in the same place keeps its number."""
+    wanted: Counter[tuple[str, int, int, str]] = Counter()
+    for g in groups:
+        for node, count in g.nodes:
+            wanted[g.role, g.tp, g.pp, node] += count
+    used = {(s.tp, s.pp, s.slot) for s in (*previous, *standing) if s.pairing_key == key}
+    carried = sorted(
+        {s for s in (*previous, *standing) if (s.pairing_key, s.template) == (key, made)},
+        key=lambda s: (s not in standing, s.slot),
+    )
+    out: list[Slot] = []
+    for (role, tp, pp, node), count in sorted(wanted.items()):
+        keep = [s for s in carried if (s.role, s.tp, s.pp, s.node) == (role, tp, pp, node)][:count]
+        out += keep
+        number = 0
+        for _ in range(count - len(keep)):
+            while (tp, pp, number) in used:
+                number += 1
+            used.add((tp, pp, number))
+            out.append(Slot(slot=number, role=role, tp=tp, pp=pp, node=node, pairing_key=key, template=made))  # type: ignore[arg-type]
+    return tuple(sorted(out, key=lambda s: (s.role != "prefill", s.tp, s.pp, s.slot)))
+
+
+def _refusal(spec: Spec, plan: Plan, nodes: hardware.Inventory) -> str | None:
+    """Why this release would not start the plan, before any pod exists."""
+    engine = engines.engine(spec.engine.type)
+    simulated = {n.name: n.simulated for n in nodes.nodes}
+    reason = engines.refuse_architecture(engine, model(spec).architecture)
+    for role in plan.roles:
+        there = all(simulated.get(n.name, False) for n in role.nodes)
+        reason = reason or engines.refuse_start(
+            engine, role.tp, role.pp, plan.algorithm == "LowAffinity", there
+        )
+    return reason
+
+
+def _digest(spec: Spec, workload: Workload, plan: Plan) -> str:
+    """SHA-256 of the inputs and the discrete decisions; no measured time is in it."""
+    return digest(
+        {
+            "inputs": inputs(spec),
+            "workload": [round(workload.rate, 6), round(workload.cv, 6), _lengths_digest(workload)],
+            "algorithm": plan.algorithm,
+            "affinity": plan.affinity,
+            "roles": [r.model_dump(mode="json") for r in plan.roles],
+        }
+    )
+
+
+def _lengths_digest(workload: Workload) -> str:
+    return digest([workload.lengths.input.tolist(), workload.lengths.output.tolist()])

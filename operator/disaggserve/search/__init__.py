@@ -1,0 +1,23 @@
+"""Placement: what shapes, how many instances, on which nodes, and what that is predicted to attain."""
+
+from disaggserve.search.packing import Group, NoRoom, Standing, pack, pack_pairs
+from disaggserve.search.place import place
+from disaggserve.search.predicting import deployment, kv_link, predict
+from disaggserve.search.problem import Placement, Problem, Progress, Rejected, Shape
+
+__all__ = [
+    "Group",
+    "NoRoom",
+    "Placement",
+    "Problem",
+    "Progress",
+    "Rejected",
+    "Shape",
+    "Standing",
+    "deployment",
+    "kv_link",
+    "pack",
+    "pack_pairs",
+    "place",
+    "predict",
+]

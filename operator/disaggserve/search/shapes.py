@@ -1,0 +1,104 @@
+"""Which shapes are tried, and why the others are not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Literal
+
+from disaggserve import catalogue, engines, latency
+from disaggserve.catalogue import BLOCK_TOKENS, GPU, Model
+from disaggserve.engines import Engine, Role
+from disaggserve.hardware import Node
+from disaggserve.search.problem import Rejected, Shape
+from disaggserve.workload import Lengths
+
+Limit = Literal["Memory", "Engine", "Nodes", "Profile"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A shape that the model takes and that is not tried."""
+
+    role: Role
+    shape: Shape
+    limit: Limit
+    reason: str
+
+
+def shapes(
+    model: Model, gpu: GPU, engine: Engine, role: Role, nodes: Iterable[Node], lengths: Lengths
+) -> tuple[tuple[Shape, ...], tuple[Refused, ...]]:
+    """Shapes of one role to simulate, and those refused, each in order of GPUs, then pp.
+
+    tp divides heads and feed-forward, pp the layers, and an instance has at most the GPUs of the largest
+    node. Where the shipped profile covers the model on this GPU, only shapes that it measured (REFERENCE § 3):
+    its tp at pp 1. Its form can be stretched to any pp, but real decode at pp 2 ran 20 to 35 % slower than it
+    says (REFERENCE § 1). The longest request must fit the KV blocks beside the weights (its prompt, for prefill).
+    """
+    nodes = list(nodes)
+    most = max((n.gpus_total for n in nodes), default=0)
+    nvlink = max((n.gpus_total for n in nodes if n.nvlink), default=0)
+    profile = latency.shipped_profile()
+    measured = profile.shapes(model) if profile.covers(model, gpu) else None
+    total = lengths.input + (lengths.output if role == "decode" else 0)
+    longest = int(total.max())
+    tried: list[Shape] = []
+    refused: list[Refused] = []
+    splits = (Shape(tp, pp) for tp in range(1, most + 1) for pp in range(1, most // tp + 1))
+    for shape in sorted(splits, key=lambda s: (s.gpus, s.pp)):
+        if model.shape_fault(*shape):
+            continue
+        blocks = catalogue.kv_blocks(model, gpu, *shape)
+        needed = -(-longest // BLOCK_TOKENS)
+        limit: Limit
+        if blocks < needed:
+            limit, reason = "Memory", _memory(model, gpu, shape, blocks, longest)
+        elif engine_says := engines.refuse_shape(engine, role, *shape):
+            limit, reason = "Engine", engine_says
+        elif measured is not None and (shape.tp not in measured or shape.pp > 1):
+            limit, reason = (
+                "Profile",
+                f"{profile.name} measured tp {', '.join(map(str, measured))} at pp 1 only",
+            )
+        elif shape.tp > 1 and shape.gpus > nvlink:
+            limit, reason = (
+                "Nodes",
+                "tp above 1 needs NVLink between the GPUs of a node, which no usable node of that size shows",
+            )
+        else:
+            tried.append(shape)
+            continue
+        refused.append(Refused(role, shape, limit, reason))
+    return tuple(tried), tuple(refused)
+
+
+def _memory(model: Model, gpu: GPU, shape: Shape, blocks: int, longest: int) -> str:
+    weights = model.weight_bytes(*shape) / 1e9
+    room = (catalogue.MEMORY_UTILISATION - catalogue.ACTIVATION_SHARE) * gpu.memory_bytes / 1e9
+    if blocks == 0:
+        return f"weights take {weights:.1f} GB per GPU, {gpu.short} has {room:.1f} GB for them and KV"
+    return (
+        f"beside weights of {weights:.1f} GB per GPU, KV of {blocks * BLOCK_TOKENS} tokens fits "
+        f"{gpu.short}; the longest request needs {longest}"
+    )
+
+
+def summary(refused: Iterable[Refused]) -> list[Rejected]:
+    """Refused shapes by role and limit, each with the reason of its first (smallest) shape.
+
+    Shapes that a profile does not hold are no alternatives and are left out.
+    """
+    found: dict[tuple[Role, Limit], list[Refused]] = {}
+    for r in refused:
+        if r.limit != "Profile":
+            found.setdefault((r.role, r.limit), []).append(r)
+    return [
+        Rejected(
+            f"{role} "
+            + "; ".join(str(r.shape) for r in rs[:4])
+            + (f"; {len(rs) - 4} more" if len(rs) > 4 else ""),
+            rs[0].reason,
+        )
+        for (role, _), rs in found.items()
+    ]

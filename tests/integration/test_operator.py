@@ -1,0 +1,336 @@
+"""The operator against a real API server: every write it makes, and what is left when it is killed between any two."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+import pytest
+
+from disaggserve.cluster.client import KINDS, PODS, RESOURCES, REVISIONS
+from e2e.controlplane import ControlPlane, ensure
+from tests.integration.bench import CHAT, Bench, Killed, by_hand, carried_out, prepare
+
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    folder = tmp_path_factory.mktemp("operator")
+    with ControlPlane(
+        folder, ensure(), node_monitor_grace_period="1h"
+    ) as plane:  # nobody renews these nodes' leases
+        prepare(plane, {"gpu-0": 8, "gpu-1": 8})
+        yield plane
+
+
+@pytest.fixture
+def bench(plane: ControlPlane) -> Callable[[Callable[[Bench], Awaitable[T]]], T]:
+    """Runs a test's coroutine on a clean namespace."""
+
+    def run(test: Callable[[Bench], Awaitable[T]]) -> T:
+        async def whole() -> T:
+            bench = await Bench.open(plane)
+            try:
+                return await test(bench)
+            finally:
+                await _clean(bench)
+                await bench.api.close()
+
+        return asyncio.run(whole())
+
+    return run
+
+
+async def _clean(bench: Bench) -> None:
+    for name in [r["metadata"]["name"] for r in await bench.cluster.list(RESOURCES, "default")]:
+        await bench.delete(name)
+    await nothing_left(bench)
+
+
+async def nothing_left(bench: Bench) -> None:
+    """Waits until the garbage collector has taken everything of ours."""
+    ours = "app.kubernetes.io/managed-by=disaggserve"
+    left: list[str] = []
+    for _ in range(600):
+        await bench.kubelet()
+        left = [
+            o["metadata"]["name"]
+            for kind in (PODS, REVISIONS, *KINDS.values())
+            for o in await bench.cluster.list(kind, "default", labels=ours)
+        ]
+        routers = await bench.cluster.list(PODS, "default", labels="disaggserve.dev/role=router")
+        if not left and not routers:
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"left behind: {left}")
+
+
+async def fingerprint(bench: Bench, name: str = "chat") -> Any:
+    """What must be equal however often the operator was killed: names, nodes, labels, plan; no uids, no times."""
+    workers = [
+        (p["metadata"]["name"], p["spec"]["nodeName"], sorted(p["metadata"]["labels"].items()))
+        for p in await bench.workers(name)
+    ]
+    revisions = [
+        (r["metadata"]["name"], r["revision"]) for r in await bench.cluster.list(REVISIONS, "default")
+    ]
+    ours = "app.kubernetes.io/managed-by=disaggserve"
+    around = [
+        (k, o["metadata"]["name"])
+        for k, kind in KINDS.items()
+        for o in await bench.cluster.list(kind, "default", labels=ours)
+    ]
+    resource = await bench.resource(name)
+    plan = {k: v for k, v in resource["status"]["plan"].items() if k != "search"}
+    conditions = [(c["type"], c["status"], c["reason"]) for c in resource["status"]["conditions"]]
+    return json.dumps([workers, sorted(revisions), sorted(around), plan, conditions], sort_keys=True)
+
+
+def test_a_manifest_becomes_a_plan_and_pods(bench: Any) -> None:
+    async def test(b: Bench) -> None:
+        await b.apply(CHAT)
+        resource = await b.settle(b.operator())
+        plan = resource["status"]["plan"]
+        assert plan["algorithm"] == "HighAffinity"
+        assert plan["gpus"] == 2
+        assert plan["predicted"]["attainment"] >= 0.9
+        assert resource["status"]["phase"] == "Ready"
+        workers = await b.workers()
+        assert (
+            sum(int(p["spec"]["containers"][0]["resources"]["requests"]["nvidia.com/gpu"]) for p in workers)
+            == 2
+        )
+        planned = {n["name"] for r in plan["roles"] for n in r["nodes"]}
+        assert {p["spec"]["nodeName"] for p in workers} == planned
+        assert all(p["metadata"]["ownerReferences"][0]["uid"] == resource["metadata"]["uid"] for p in workers)
+
+    bench(test)
+
+
+def test_ten_idle_reconciles_write_nothing(bench: Any, plane: ControlPlane) -> None:
+    async def test(b: Bench) -> None:
+        await b.apply(CHAT)
+        operator = b.operator()
+        await b.settle(operator)
+        await operator.reconcile()
+        before = operator.writes
+        version = (await b.resource())["metadata"]["resourceVersion"]
+        for _ in range(10):
+            await operator.reconcile()
+        assert operator.writes == before
+        assert (await b.resource())["metadata"]["resourceVersion"] == version
+
+    bench(test)
+
+
+def test_status_deleted_by_hand_comes_back_and_nothing_else_moves(bench: Any, plane: ControlPlane) -> None:
+    async def test(b: Bench) -> None:
+        await b.apply(CHAT)
+        operator = b.operator()
+        await b.settle(operator)
+        before = await fingerprint(b)
+        plane.kubectl(
+            "patch",
+            "dsv",
+            "chat",
+            "--subresource=status",
+            "--type=json",
+            "-p",
+            '[{"op":"remove","path":"/status"}]',
+        )
+        assert "status" not in await b.resource()
+        writes = operator.writes
+        await operator.reconcile()
+        assert await fingerprint(b) == before
+        assert operator.writes == writes + 1
+
+    bench(test)
+
+
+def test_an_edited_promise_changes_the_plan(bench: Any) -> None:
+    async def test(b: Bench) -> None:
+        await b.apply(CHAT)
+        operator = b.operator()
+        first = await b.settle(operator)
+        slo = {"ttft": "80ms", "tpot": "30ms"}
+        await b.apply({**CHAT, "spec": {**CHAT["spec"], "slo": slo, "rollout": {"drainTimeout": "1ms"}}})
+        second = await b.settle(operator)
+        assert second["status"]["plan"]["revision"] == 2
+        assert second["status"]["plan"]["roles"] != first["status"]["plan"]["roles"]
+        assert second["status"]["plan"]["setting"]["ttft"] == 0.08
+
+    bench(test)
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 3), (2, 2), (1, 1)])
+def test_a_plan_that_differs_by_one_instance_touches_exactly_one(
+    bench: Any, prefill: int, decode: int
+) -> None:
+    async def test(b: Bench) -> None:
+        await b.apply(by_hand(1, 2))
+        operator = b.operator()
+        await b.settle(operator)
+        before = {p["metadata"]["uid"] for p in await b.workers()}
+        # without a router that answers, drain ends by its timeout
+        await b.apply(by_hand(prefill, decode, rollout={"drainTimeout": "1ms"}))
+        await b.settle(operator)
+        after = {p["metadata"]["uid"] for p in await b.workers()}
+        assert (len(after - before), len(before - after)) == ((1, 0) if prefill + decode > 3 else (0, 1))
+
+    bench(test)
+
+
+def test_deleted_in_mid_rollout_leaves_nothing(bench: Any) -> None:
+    async def test(b: Bench) -> None:
+        await b.apply(CHAT)
+        operator = b.operator()
+        await operator.reconcile()
+        assert await b.workers()
+        await b.delete()
+        assert await operator.reconcile() is None
+        await nothing_left(b)
+
+    bench(test)
+
+
+@pytest.mark.timeout(240)
+def test_killed_before_every_write_the_end_is_the_same(bench: Any) -> None:
+    async def test(b: Bench) -> None:
+        await b.apply(CHAT)
+        undisturbed = b.operator()
+        await b.settle(undisturbed)
+        wanted, writes = await fingerprint(b), undisturbed.writes
+        await _clean(b)
+        assert writes >= 8
+        for n in range(writes):
+            await b.apply(CHAT)
+            doomed = b.operator(dies_before_write=n)
+            with pytest.raises(Killed):
+                await b.settle(doomed)
+            await b.settle(b.operator())
+            assert await fingerprint(b) == wanted, f"killed before write {n}"
+            await _clean(b)
+
+    bench(test)
+
+
+def test_two_resources_that_want_the_same_gpus(bench: Any) -> None:
+    async def test(b: Bench) -> None:
+        first, second = by_hand(5, 5), by_hand(5, 5)
+        second = {**second, "metadata": {"name": "late", "namespace": "default"}}
+        await b.apply(first)
+        await b.apply(second)
+        operator = b.operator()
+        await asyncio.gather(operator.reconcile("chat"), operator.reconcile("late"))
+        await b.settle(operator, "chat" if (await b.workers("chat")) else "late")
+        names = [n for n in ("chat", "late") if await b.workers(n)]
+        assert len(names) == 1, "one got them"
+        loser = "late" if names == ["chat"] else "chat"
+        await operator.reconcile(loser)
+        conditions = {c["type"]: c for c in (await b.resource(loser))["status"]["conditions"]}
+        assert (conditions["PlanFeasible"]["status"], conditions["PlanFeasible"]["reason"]) == (
+            "False",
+            "GPUsClaimed",
+        )
+        assert names[0] not in conditions["PlanFeasible"]["message"], "no other tenant is named"
+        pods = await b.cluster.list(PODS, "default", labels="app.kubernetes.io/component=worker")
+        assert all(p["spec"].get("nodeName") for p in pods), "no pod is left pending"
+        # when the winner goes, the loser gets them
+        await b.delete(names[0])
+        for _ in range(100):
+            await b.kubelet()
+            if not await b.workers(names[0]):
+                break
+            await asyncio.sleep(0.1)
+        await b.settle(operator, loser)
+
+    bench(test)
+
+
+def test_no_spare_gpus_holds_the_old_plan_and_says_how_many(bench: Any) -> None:
+    async def test(b: Bench) -> None:
+        await b.apply(by_hand(6, 6))
+        operator = b.operator()
+        await b.settle(operator)
+        # other arguments mean other pods: twelve more GPUs, four are free, and a surge of none
+        changed = by_hand(
+            6, 6, rollout={"maxSurgeGPUs": 0}, engine={"type": "torch", "args": ["--max-batch=8"]}
+        )
+        await b.apply(changed)
+        await operator.reconcile()
+        resource = await b.resource()
+        conditions = {c["type"]: c for c in resource["status"]["conditions"]}
+        assert conditions["Progressing"]["reason"] == "HeldForGPUs", conditions
+        assert "GPUs" in conditions["Progressing"]["message"]
+        assert resource["status"]["lastDecision"]["action"] == "Hold"
+        assert resource["status"]["plan"]["revision"] == 1
+        assert len(await b.workers()) == 12
+
+    bench(test)
+
+
+def test_paused_writes_nothing_but_status(bench: Any) -> None:
+    async def test(b: Bench) -> None:
+        await b.apply({**CHAT, "spec": {**CHAT["spec"], "paused": True}})
+        operator = b.operator()
+        for _ in range(3):
+            await operator.reconcile()
+        assert operator.writes == 1
+        assert not await b.workers()
+        assert (await b.resource())["status"]["phase"] == "Paused"
+        await b.apply(CHAT)
+        await b.settle(operator)
+
+    bench(test)
+
+
+def test_a_cordoned_node_is_left(bench: Any, plane: ControlPlane) -> None:
+    async def test(b: Bench) -> None:
+        await b.apply({**CHAT, "spec": {**CHAT["spec"], "rollout": {"drainTimeout": "1ms"}}})
+        operator = b.operator()
+        resource = await b.settle(operator)
+        used = resource["status"]["plan"]["roles"][0]["nodes"][0]["name"]
+        plane.kubectl("cordon", used)
+        try:
+            after = await b.settle(
+                operator, until=lambda r: carried_out(r) and r["status"]["plan"]["revision"] == 2
+            )
+            assert all(n["name"] != used for r in after["status"]["plan"]["roles"] for n in r["nodes"])
+            assert any(
+                n["name"] == used and "cordoned" in n["reason"]
+                for n in after["status"]["plan"]["refusedNodes"]
+            )
+        finally:
+            plane.kubectl("uncordon", used)
+
+    bench(test)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"model": {"id": "nobody/knows"}}, "InvalidManifest", "nobody/knows"),
+        ({"hardware": {"nodeSelector": {"pool": "none"}}}, "Nodes", "pool"),
+        ({"slo": {"ttft": "1ms", "tpot": "100ms"}}, "TTFT", "TTFT"),
+        ({"model": {"id": "facebook/opt-175b"}, "hardware": {"maxGPUs": 2}}, "", "GPU"),
+    ],
+)
+def test_what_cannot_be_planned_is_a_condition_and_leaves_nothing(
+    bench: Any, change: Any, kind: str, words: str
+) -> None:
+    async def test(b: Bench) -> None:
+        await b.apply({**CHAT, "spec": {**CHAT["spec"], **change}})
+        operator = b.operator()
+        await operator.reconcile()
+        await operator.reconcile()
+        conditions = {c["type"]: c for c in (await b.resource())["status"]["conditions"]}
+        assert conditions["PlanFeasible"]["status"] == "False", conditions
+        assert conditions["PlanFeasible"]["reason"].startswith(kind)
+        assert words in conditions["PlanFeasible"]["message"]
+        assert not await b.workers()
+        assert not await b.cluster.list(REVISIONS, "default")
+
+    bench(test)

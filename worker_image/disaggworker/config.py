@@ -1,0 +1,107 @@
+"""One frozen value per process; flags and environment are views of it, read nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from disaggworker.errors import StartError
+
+Role = Literal["prefill", "decode"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PaceFacts:
+    """Whose time a paced worker keeps: `--pace JSON`."""
+
+    gpu: str  # product label
+    node: str
+    nvlink: bool
+    rdma: bool
+    model: str  # the real model, whose weights are not here
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A prefill or decode worker's settings."""
+
+    role: Role
+    model: str
+    weights: Path
+    tp: int
+    pp: int
+    context_length: int  # tokens; 0 = the model's own
+    dtype: Literal["auto", "float16", "bfloat16", "float32"]
+    pairing_key: str
+    port: int
+    kv_port: int
+    served_name: str
+    pace: PaceFacts | None
+    kv_blocks: int  # 0 = what fits
+    lease_s: float
+    pod_ip: str
+    pod_name: str
+    node_name: str
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise StartError(f"{self.prog}: {message}.")
+
+
+def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
+    """The settings that `argv` (role first) and the environment give. Raises `StartError`; unknown flags are errors."""
+    env = os.environ if env is None else env
+    parser = _Parser(prog="disaggworker", allow_abbrev=False)
+    add = parser.add_argument
+    add("role", choices=["prefill", "decode"])
+    add("--model", required=True, help="Hugging Face id")
+    add("--weights", required=True, type=Path, help="folder of safetensors, config.json and tokenizer.json")
+    add("--tp", type=int, default=1, help="tensor-parallel GPUs")
+    add("--pp", type=int, default=1, help="pipeline stages")
+    add("--context-length", type=int, default=0, help="tokens of prompt and answer together")
+    add("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto")
+    add("--pairing-key", required=True, help="only workers of one key hand KV over")
+    add("--port", type=int, default=8000)
+    add("--kv-port", type=int, default=5600)
+    add("--served-name", default="", help="name in /v1/models; default: --model")
+    add("--pace", default="", help="JSON: keep a real GPU's time with a tiny model")
+    add("--kv-blocks", type=int, default=0, help="KV blocks of 16 tokens; default: what memory holds")
+    add("--lease-s", type=float, default=60.0, help="seconds that un-pulled KV is kept")
+    flags = parser.parse_args(argv)
+    for name in ("tp", "pp"):
+        if getattr(flags, name) < 1:
+            raise StartError(f"--{name} is {getattr(flags, name)}; it must be at least 1.")
+    pace = _pace(flags.pace) if flags.pace else None
+    if pace is None and flags.tp * flags.pp > 1:
+        raise StartError(
+            f"--tp {flags.tp} --pp {flags.pp}: this engine computes on one GPU only; give tp 1 and pp 1, or another engine."
+        )
+    values = vars(flags) | {"pace": pace, "served_name": flags.served_name or flags.model}
+    return Config(
+        **values,
+        pod_ip=env.get("POD_IP") or "127.0.0.1",
+        pod_name=env.get("POD_NAME", ""),
+        node_name=env.get("NODE_NAME", ""),
+    )
+
+
+def _pace(text: str) -> PaceFacts:
+    try:
+        facts = json.loads(text)
+        return PaceFacts(
+            gpu=str(facts["gpu"]),
+            node=str(facts.get("node", "")),
+            nvlink=bool(facts.get("nvlink", False)),
+            rdma=bool(facts.get("rdma", False)),
+            model=str(facts["model"]),
+        )
+    except (ValueError, TypeError, AttributeError) as e:
+        raise StartError(f"--pace is not a JSON object: {e}.") from None
+    except KeyError as e:
+        raise StartError(f"--pace lacks the key {e}.") from None

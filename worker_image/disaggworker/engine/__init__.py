@@ -1,0 +1,1 @@
+"""What runs when: sequences, batches, steps, and the tokens that come of them."""

@@ -1,0 +1,44 @@
+"""One request as the engine sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from disaggworker.kv.blocks import Allocation
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. `temperature` 0 = the likeliest."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    seed: int = 0
+    ignore_eos: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """A prompt and what was generated after it. Only the engine's thread changes it."""
+
+    prompt: list[int]
+    sampling: Sampling
+    max_tokens: int  # at least 1
+    on_token: Callable[[int, str | None], None]  # token, finish reason; called on the event loop
+    output: list[int] = dataclasses.field(default_factory=list)
+    kv: Allocation | None = None
+    on_admitted: Callable[[], None] | None = None  # decode: `kv` is there to pull into
+    aborted: bool = False
+    in_flight: bool = False  # in a step whose time is not over
+    lane: int = 0  # decode with pipeline stages
+    arrived_s: float = 0.0  # monotonic
+    scheduled_s: float = 0.0  # its first step's start; 0 = none yet
+    last_token_s: float = 0.0  # 0 = none yet
+    first_token_s: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output."""
+        return len(self.prompt) + len(self.output)

@@ -1,0 +1,1 @@
+"""KV cache: who owns which block, where the bytes are, and how they travel."""

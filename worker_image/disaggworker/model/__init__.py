@@ -1,0 +1,1 @@
+"""Decoders in plain torch, read from safetensors and config.json."""

@@ -1,0 +1,110 @@
+"""Llama 2 and 3: rotary positions (with Llama 3.1's scaling), RMSNorm, grouped KV heads, gated feed-forward."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear, silu
+
+from disaggworker.errors import StartError
+from disaggworker.kv.pool import Attention
+from disaggworker.model.weights import Weights
+
+Affine = tuple[Tensor, Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    qkv: Affine
+    out: Affine
+    gate_up: Affine
+    down: Affine
+    attention_norm: Tensor
+    ffn_norm: Tensor
+
+
+def inverse_frequencies(config: Mapping[str, Any], head_dim: int) -> Tensor:
+    """Rotary frequencies `[head_dim / 2]`, float32. Raises `StartError` for a scaling that is not known."""
+    # transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling.
+    rope = config.get("rope_parameters") or {}
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    scaling = config.get("rope_scaling") or rope
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return inverse
+    if kind == "linear":
+        return inverse / float(scaling["factor"])
+    if kind != "llama3":
+        raise StartError(f"config.json asks for rope scaling {kind!r}; default, linear and llama3 are known.")
+    factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = float(scaling["original_max_position_embeddings"])
+    wavelength = 2 * math.pi / inverse
+    # Long waves are stretched, short ones kept, those between blended (Llama 3.1's model card and code).
+    smooth = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - smooth) * inverse / factor + smooth * inverse
+
+
+class Llama:
+    """Sizes as every model here has them, and `forward`."""
+
+    def __init__(self, config: Mapping[str, Any], weights: Weights) -> None:
+        self.layers = int(config["num_hidden_layers"])
+        self.heads = int(config["num_attention_heads"])
+        self.kv_heads = int(config.get("num_key_value_heads") or self.heads)
+        self.hidden = int(config["hidden_size"])
+        self.head_dim = int(config.get("head_dim") or self.hidden // self.heads)
+        self.max_positions = int(config["max_position_embeddings"])
+        self._epsilon = float(config.get("rms_norm_eps", 1e-6))
+        self._tokens = weights.take("model.embed_tokens.weight")
+        self.dtype, self.device = self._tokens.dtype, self._tokens.device
+        self._head = (
+            weights.take("lm_head.weight") if not config.get("tie_word_embeddings", False) else self._tokens
+        )
+        self._final = weights.take("model.norm.weight")
+        self._layers = [self._layer(weights, f"model.layers.{i}.") for i in range(self.layers)]
+        self._frequencies = inverse_frequencies(config, self.head_dim).to(self.device)
+
+    @staticmethod
+    def _layer(weights: Weights, at: str) -> _Layer:
+        return _Layer(
+            qkv=weights.fused(*(f"{at}self_attn.{part}_proj" for part in "qkv")),
+            out=weights.linear(at + "self_attn.o_proj"),
+            gate_up=weights.fused(at + "mlp.gate_proj", at + "mlp.up_proj"),
+            down=weights.linear(at + "mlp.down_proj"),
+            attention_norm=weights.take(at + "input_layernorm.weight"),
+            ffn_norm=weights.take(at + "post_attention_layernorm.weight"),
+        )
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._epsilon)
+        return weight * wide.to(x.dtype)
+
+    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention, last: Tensor | None) -> Tensor:
+        """Logits `[batch, vocab]` after packed `tokens` `[n]` at `positions`; `last` names the rows to answer (None: all)."""
+        x = embedding(tokens, self._tokens)
+        angle = positions[:, None].float() * self._frequencies
+        angle = torch.cat((angle, angle), -1)[:, None, :]
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        for number, layer in enumerate(self._layers):
+            h = linear(self._norm(x, layer.attention_norm), *layer.qkv)
+            q, k, v = torch.split_with_sizes(h.view(-1, sum(heads), self.head_dim), heads, 1)
+            mixed = attention(number, _rotate(q, cos, sin), _rotate(k, cos, sin), v)
+            x = x + linear(mixed, *layer.out)
+            gate, up = linear(self._norm(x, layer.ffn_norm), *layer.gate_up).chunk(2, -1)
+            x = x + linear(silu(gate) * up, *layer.down)
+        if last is not None:
+            x = x.index_select(0, last)
+        return linear(self._norm(x, self._final), self._head)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((-right, left), -1) * sin

@@ -1,0 +1,71 @@
+"""From a folder to a model on a device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from disaggworker.errors import StartError
+from disaggworker.kv.pool import Attention
+from disaggworker.model.llama import Llama
+from disaggworker.model.opt import OPT
+from disaggworker.model.weights import Weights
+from disaggworker.model.weights import config as read_config
+
+
+class Model(Protocol):
+    """What the engine needs of a decoder."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attention: Attention, last: Tensor | None
+    ) -> Tensor: ...
+
+
+_ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any], Weights], Model]] = {"opt": OPT, "llama": Llama}
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load(folder: Path, dtype: str) -> tuple[Model, frozenset[int]]:
+    """The model in `folder` and its end-of-text tokens. Raises `StartError`.
+
+    dtype `auto` is the config's, but float32 on a CPU for float16, which a CPU is slow at.
+    """
+    config = read_config(folder)
+    kind = str(config.get("model_type"))
+    if kind not in _ARCHITECTURES:
+        raise StartError(
+            f"{folder}/config.json says model_type {kind!r}; known are {', '.join(_ARCHITECTURES)}."
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    named = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    chosen = _DTYPES.get(named if dtype == "auto" else dtype, torch.float32)
+    if dtype == "auto" and device.type == "cpu" and chosen == torch.float16:
+        chosen = torch.float32
+    try:
+        model = _ARCHITECTURES[kind](config, Weights(folder, chosen, device))
+    except KeyError as e:
+        raise StartError(f"{folder}/config.json lacks {e}.") from None
+    return model, _ends(folder, config)
+
+
+def _ends(folder: Path, config: Mapping[str, Any]) -> frozenset[int]:
+    # generation_config.json, where there is one, knows the chat models' further end tokens.
+    path = folder / "generation_config.json"
+    more = json.loads(path.read_text()) if path.is_file() else {}
+    ends = more.get("eos_token_id", config.get("eos_token_id"))
+    if ends is None:
+        return frozenset()
+    return frozenset(ends if isinstance(ends, list) else [ends])

@@ -1,0 +1,220 @@
+"""The instances that the router knows, what its own requests hold on each, and the choice among them.
+
+Pure data: no clock, no network; `now_s` is any rising clock. Not thread-safe, and need not be: one event loop.
+
+What it does not do: know of other routers' requests, or of what instances say of their own load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from disaggserve.dispatch import choose_decode, choose_prefill
+
+Role = Literal["prefill", "decode"]
+
+BAR_FIRST_S, BAR_MOST_S = 0.5, 10.0
+BAR_ANSWERED_S = 0.25
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One instance as discovery sees it."""
+
+    uid: str
+    name: str
+    role: Role
+    pairing_key: str
+    url: str  # http://ADDRESS:PORT
+    ready: bool  # passes its readiness probe and is not terminating
+    draining: bool = False  # the operator wants it empty: no new requests
+
+
+class Instance:
+    """One instance and what this router's requests hold there."""
+
+    __slots__ = (
+        "barred_until_s",
+        "faults",
+        "in_flight",
+        "known",
+        "kv_tokens",
+        "leased",
+        "queued_tokens",
+        "seen",
+    )
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+        self.known = True  # in the latest view
+        self.in_flight = 0  # requests sent and not answered (decode: not answered in full)
+        self.leased = 0  # prefill: answered requests whose KV no decode has confirmed to have
+        self.queued_tokens = 0  # prefill: prompt tokens of the requests in flight
+        self.kv_tokens = 0  # decode: prompt and generated tokens of the requests in flight
+        self.faults = 0  # in a row
+        self.barred_until_s = 0.0
+
+    @property
+    def admitting(self) -> bool:
+        return self.known and self.seen.ready and not self.seen.draining
+
+    def __repr__(self) -> str:
+        return f"{self.seen.role} {self.seen.name} at {self.seen.url}"
+
+
+class Hold:
+    """What one request holds of one instance, from sending it to the end; `end` may be called again."""
+
+    __slots__ = ("_in_flight", "_kv_tokens", "_leased", "_queued_tokens", "instance")
+
+    def __init__(self, instance: Instance, *, queued_tokens: int = 0, kv_tokens: int = 0) -> None:
+        self.instance = instance
+        self._in_flight, self._leased = 1, 0
+        self._queued_tokens, self._kv_tokens = queued_tokens, kv_tokens
+        instance.in_flight += 1
+        instance.queued_tokens += queued_tokens
+        instance.kv_tokens += kv_tokens
+
+    def answered(self) -> None:
+        """Prefill has answered: from now on the request only leases KV there."""
+        self._drop()
+        self._leased = 1
+        self.instance.leased += 1
+
+    def grow(self, tokens: int) -> None:
+        """So many tokens more were generated."""
+        self._kv_tokens += tokens
+        self.instance.kv_tokens += tokens
+
+    def end(self) -> None:
+        self._drop()
+        self.instance.leased -= self._leased
+        self._leased = 0
+
+    def _drop(self) -> None:
+        self.instance.in_flight -= self._in_flight
+        self.instance.queued_tokens -= self._queued_tokens
+        self.instance.kv_tokens -= self._kv_tokens
+        self._in_flight = self._queued_tokens = self._kv_tokens = 0
+
+
+class Fleet:
+    """All instances of one resource."""
+
+    def __init__(self) -> None:
+        self._instances: dict[str, Instance] = {}
+
+    def update(self, view: Iterable[Seen]) -> None:
+        """Takes the whole latest view. An instance that left it is forgotten when nothing is held there any more."""
+        seen = {s.uid: s for s in view}
+        for uid, instance in list(self._instances.items()):
+            instance.known = uid in seen
+            if not instance.known and not instance.in_flight and not instance.leased:
+                del self._instances[uid]
+        for uid, s in sorted(seen.items(), key=lambda item: item[1].name):
+            instance = self._instances.setdefault(uid, Instance(s))
+            if s.ready and not instance.seen.ready:
+                instance.faults, instance.barred_until_s = 0, 0.0  # it came up anew
+            instance.seen = s
+
+    def prefill(self, now_s: float) -> Instance | None:
+        """The shortest queue by tokens, among those with a decode of the same pairing key."""
+        keys = {i.seen.pairing_key for i in self._admitting("decode", now_s)}
+        found = [i for i in self._admitting("prefill", now_s) if i.seen.pairing_key in keys]
+        return found[choose_prefill([i.queued_tokens for i in found])] if found else None
+
+    def decode(self, pairing_key: str, now_s: float) -> Instance | None:
+        """The least loaded by KV tokens, of this pairing key.
+
+        Requests that are through prefill may go to a draining one when no other has their key: their KV fits nowhere else.
+        """
+        found = [i for i in self._admitting("decode", now_s) if i.seen.pairing_key == pairing_key]
+        if not found:
+            found = [
+                i
+                for i in self._of("decode", pairing_key)
+                if i.known and i.seen.ready and now_s >= i.barred_until_s
+            ]
+        return found[choose_decode([i.kv_tokens for i in found])] if found else None
+
+    def fault(self, instance: Instance, now_s: float, *, answered: bool = False) -> None:
+        """It failed a request: nothing is sent there for a while, twice as long each time in a row.
+
+        A dead instance has the shortest queue of all, and the view may not know of its death for a long time. One that
+        answered (5xx) lives; the request may be what it cannot bear, so it is left alone only shortly.
+        """
+        if answered:
+            bar_s = BAR_ANSWERED_S
+        else:
+            instance.faults += 1
+            bar_s = min(BAR_MOST_S, BAR_FIRST_S * 2.0 ** min(instance.faults - 1, 10))
+        instance.barred_until_s = max(instance.barred_until_s, now_s + bar_s)
+
+    def worked(self, instance: Instance) -> None:
+        instance.faults = 0
+
+    def next_chance_s(self, now_s: float) -> float | None:
+        """When the next barred instance may be tried again; None when none is barred."""
+        return min(
+            (i.barred_until_s for i in self._instances.values() if i.barred_until_s > now_s), default=None
+        )
+
+    def lacking(self) -> str | None:
+        """Why no request could be served now, or None when one could."""
+        keys = {
+            role: {
+                i.seen.pairing_key for i in self._instances.values() if i.seen.role == role and i.admitting
+            }
+            for role in ("prefill", "decode")
+        }
+        if keys["prefill"] & keys["decode"]:
+            return None
+        missing = [role for role in ("prefill", "decode") if not keys[role]]
+        if missing:
+            return f"no {' and no '.join(missing)} instance is ready"
+        return "no ready prefill instance has the pairing key of a ready decode instance"
+
+    def drain_view(self) -> dict[str, dict[str, Any]]:
+        """Per instance of the latest view, by uid, what the operator must know before it deletes the pod.
+
+        The last decode instances of a pairing key are also needed by whatever prefill instances of that key still hold.
+        """
+        out = {}
+        for uid, i in self._instances.items():
+            if not i.known:
+                continue
+            in_flight = i.in_flight
+            if i.seen.role == "decode" and not any(
+                d.admitting for d in self._of("decode", i.seen.pairing_key)
+            ):
+                in_flight += sum(p.in_flight + p.leased for p in self._of("prefill", i.seen.pairing_key))
+            out[uid] = {
+                "name": i.seen.name,
+                "admitting": i.admitting,
+                "in_flight": in_flight,
+                "leased": i.leased,
+            }
+        return out
+
+    def instances(self) -> Sequence[Instance]:
+        return tuple(self._instances.values())
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when something is held although every request has ended."""
+        for i in self._instances.values():
+            held = (i.in_flight, i.leased, i.queued_tokens, i.kv_tokens)
+            assert held == (0, 0, 0, 0), f"{i} still holds (in flight, leased, queued, KV tokens) {held}"
+
+    def _of(self, role: Role, pairing_key: str) -> list[Instance]:
+        return [
+            i for i in self._instances.values() if i.seen.role == role and i.seen.pairing_key == pairing_key
+        ]
+
+    def _admitting(self, role: Role, now_s: float) -> list[Instance]:
+        return [
+            i
+            for i in self._instances.values()
+            if i.seen.role == role and i.admitting and now_s >= i.barred_until_s
+        ]

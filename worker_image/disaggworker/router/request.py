@@ -1,0 +1,130 @@
+"""A client's request: what it asks, and the two bodies that go to prefill and to decode.
+
+Only what the router itself must know is judged here; the rest is the instances' to judge.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from typing import Any
+
+import msgspec
+
+from disaggworker.router.errors import UnknownModel, WrongRequest
+
+_BYTES_PER_TOKEN = 4  # of English text under the usual tokenizers; only until prefill has counted
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Request:
+    """One well-formed request. `input_tokens` is a guess until prefill's answer tells."""
+
+    __slots__ = (
+        "_body",
+        "chat",
+        "id",
+        "include_usage",
+        "input_tokens",
+        "repeatable",
+        "stream",
+        "wants_token_ids",
+    )
+
+    def __init__(self, raw: bytes, *, chat: bool, model_name: str, id: str) -> None:
+        """Raises WrongRequest (400) or UnknownModel (404)."""
+        body = _object(raw)
+        model = body.get("model")
+        if model is not None and model != model_name:
+            raise UnknownModel(f"model {model!r} is not served here; {model_name!r} is", "model")
+        body.pop("kv_transfer_params", None)  # a client's could name another's KV
+        for field in ("n", "best_of"):
+            if body.get(field) not in (None, 1):
+                raise WrongRequest(f"{field} must be 1: one answer per request is what is served here", field)
+        for field in ("max_tokens", "max_completion_tokens"):
+            if not _is_count(body.get(field, 1)):
+                raise WrongRequest(f"{field} must be a whole number of at least 1", field)
+        self.stream = _flag(body, "stream")
+        options = body.get("stream_options")
+        self.include_usage = isinstance(options, dict) and options.get("include_usage") is True
+        self.wants_token_ids = _flag(body, "return_token_ids")
+        # The same tokens come again from the start: greedy, or sampled from a given seed.
+        self.repeatable = body.get("temperature") == 0 or body.get("seed") is not None
+        self.chat, self.id, self._body = chat, id, body
+        self.input_tokens = _messages(body) if chat else _prompt(body)
+
+    def for_prefill(self) -> bytes:
+        """The same prompt for one token, its KV kept. The client's own limits ride in the params: prefill must know
+        whether the answer ends at its first token."""
+        body = dict(self._body)
+        limit = body.pop("max_tokens", None)
+        if self.chat:
+            limit = body.pop("max_completion_tokens", None) or limit
+        # Null where the client set no limit: the body's own limit of one is none of the client's.
+        params: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False, "max_tokens": limit}
+        for field in ("min_tokens", "stop"):
+            if body.get(field) is not None:
+                params[field] = body[field]
+        body.pop("stream_options", None)  # refused where nothing streams
+        if isinstance(body.get("min_tokens"), int):
+            body["min_tokens"] = min(body["min_tokens"], 1)
+        body |= {
+            "stream": False,
+            "max_completion_tokens" if self.chat else "max_tokens": 1,
+            "return_token_ids": True,
+            "kv_transfer_params": params,
+        }
+        return msgspec.json.encode(body)
+
+    def for_decode(self, kv_transfer_params: object) -> bytes:
+        """What the client sent, and where the KV is."""
+        return msgspec.json.encode({**self._body, "kv_transfer_params": kv_transfer_params})
+
+
+def request_id(said: str | None) -> str:
+    """The client's own id where it is fit for logs and headers, else a new one."""
+    return said if said and _SANE_ID.fullmatch(said) else uuid.uuid4().hex
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        body = msgspec.json.decode(raw)
+        msgspec.json.encode(body)  # what cannot be said again, such as 10**400, cannot be passed on
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
+        raise WrongRequest(f"the body is not JSON that can be read: {error}") from None
+    if not isinstance(body, dict):
+        raise WrongRequest("the body must be a JSON object")
+    return body
+
+
+def _is_count(value: object) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+
+
+def _flag(body: dict[str, Any], field: str) -> bool:
+    value = body.get(field)
+    if value not in (None, True, False):
+        raise WrongRequest(f"{field} must be true or false", field)
+    return bool(value)
+
+
+def _prompt(body: dict[str, Any]) -> int:
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = body["prompt"] = prompt[0]
+    if isinstance(prompt, str):
+        return _guess(prompt)
+    if isinstance(prompt, list) and prompt and all(type(t) is int and t >= 0 for t in prompt):
+        return len(prompt)
+    raise WrongRequest("prompt must be one string or one list of token ids", "prompt")
+
+
+def _messages(body: dict[str, Any]) -> int:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise WrongRequest("messages must be a list of at least one message object", "messages")
+    return sum(_guess(str(m.get("content") or "")) for m in messages)
+
+
+def _guess(text: str) -> int:
+    return len(text.encode()) // _BYTES_PER_TOKEN + 1
