@@ -125,13 +125,15 @@ class Surroundings:
             "HOSTNAME": self._name,
             "LANG": "C.UTF-8",
             "PYTHONUNBUFFERED": "1",
+            # Our images bring their simulator compiled; here the user's own cache is where it is.
+            "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"),
         }
 
     def _localised(self, container: Json, env: Mapping[str, str], mounts: Mounts) -> dict[str, str]:
         """The environment with mount paths rewritten, but for what is local already."""
-        base = self._base(container)
+        local = self._base(container) | {"KUBECONFIG": str(self._root / "kubeconfig")}
         return {
-            name: value if base.get(name) == value else mounts.rewrite(value) for name, value in env.items()
+            name: value if local.get(name) == value else mounts.rewrite(value) for name, value in env.items()
         }
 
     def _home(self, container: Json) -> Path:

@@ -182,6 +182,7 @@ def _weights(spec: Spec, image: str) -> tuple[dict[str, Any], dict[str, Any], li
         ],
         "env": env,
         "securityContext": _security(PodSpec()),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
             {"name": "weights", "mountPath": WEIGHTS_PATH},
             {"name": "tmp", "mountPath": "/tmp"},
@@ -237,6 +238,7 @@ def worker_pod(
         ),
         "readinessProbe": _probe("/ready", 2, 2),
         "livenessProbe": _probe("/health", 10, 6),
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # why it ended, in its own last words, for the condition
         "volumeMounts": [
             mount,
             {"name": "tmp", "mountPath": "/tmp"},

@@ -313,17 +313,15 @@ def _by_hand(
         fault = model(spec).shape_fault(role.tp, role.pp)
         if fault:
             raise InvalidManifest([Fault("spec.plan.roles", f"tp {role.tp}, pp {role.pp}: {fault}")])
-    groups: tuple[search.Group, ...] = ()
-    named = [r for r in spec.plan.roles if r.nodes]
+    pinned = tuple(
+        search.Group(_side(r.role), r.tp, r.pp, r.count, tuple(sorted((n.name, n.count) for n in r.nodes)))
+        for r in spec.plan.roles
+        if r.nodes
+    )
+    rest = [(_side(r.role), r.tp, r.pp, r.count) for r in spec.plan.roles if not r.nodes]
+    left, standing = _take(pinned, nodes, keep)
     try:
-        pinned = tuple(
-            search.Group(
-                _side(r.role), r.tp, r.pp, r.count, tuple(sorted((n.name, n.count) for n in r.nodes))
-            )
-            for r in named
-        )
-        rest = [(_side(r.role), r.tp, r.pp, r.count) for r in spec.plan.roles if not r.nodes]
-        groups = (*pinned, *search.pack(rest, nodes, keep))
+        groups = (*pinned, *search.pack(rest, left, standing))
     except search.NoRoom as error:
         raise Infeasible("GPUs", f"the plan by hand does not fit: {error}") from None
     affinity, reason = hardware.affinity(nodes, spec.hardware.affinity)
@@ -348,6 +346,36 @@ def _by_hand(
         search=Search(seconds=0.0, cpu_seconds=0.0, simulations=0),
     )
     return plan, groups, nodes
+
+
+def _take(
+    pinned: Sequence[search.Group], nodes: hardware.Inventory, keep: tuple[search.Standing, ...]
+) -> tuple[hardware.Inventory, tuple[search.Standing, ...]]:
+    """What is left when instances stand where the plan by hand says. Raises Infeasible where they cannot."""
+    known = {n.name: n for n in nodes.nodes}
+    why = {r.name: r.reason for r in nodes.refused}
+    standing = Counter(keep)
+    for g in pinned:
+        for name, count in g.nodes:
+            here = search.Standing(g.role, g.tp, g.pp, name)
+            kept = min(count, standing[here])
+            standing[here] -= kept
+            new = (count - kept) * g.tp * g.pp
+            if new == 0:
+                continue
+            if name not in known:
+                raise Infeasible(
+                    "Nodes", f"the plan by hand names node {name}: {why.get(name, 'there is no such node')}"
+                )
+            node = known[name]
+            if node.gpus_free < new or node.pods_free < count - kept:
+                raise Infeasible(
+                    "GPUs", f"the plan by hand takes {new} GPUs on {name}, {node.gpus_free} are free"
+                )
+            known[name] = replace(
+                node, gpus_free=node.gpus_free - new, pods_free=node.pods_free - (count - kept)
+            )
+    return replace(nodes, nodes=tuple(known.values())), tuple((+standing).elements())
 
 
 def replay(plan: Plan) -> tuple[simulate.Deployment, simulate.Promise]:
@@ -491,7 +519,8 @@ def _refusal(spec: Spec, plan: Plan, nodes: hardware.Inventory) -> str | None:
     """Why this release would not start the plan, before any pod exists."""
     engine = engines.engine(spec.engine.type)
     simulated = {n.name: n.simulated for n in nodes.nodes}
-    reason = engines.refuse_architecture(engine, model(spec).architecture)
+    reason = engines.refuse_args(engine, spec.engine.args)
+    reason = reason or engines.refuse_architecture(engine, model(spec).architecture)
     for role in plan.roles:
         there = all(simulated.get(n.name, False) for n in role.nodes)
         reason = reason or engines.refuse_start(

@@ -171,7 +171,7 @@ def test_nothing_outlives_a_killed_owner(tmp_path: Path) -> None:
         assert owner.stdout is not None
         forked = {int(owner.stdout.readline())}
         # 4 components, Prometheus, the stubborn one: each with its supervisor; and two sleeps.
-        assert len(processes_of(tmp_path)) >= 2 + 2 * 6
+        wait_until(lambda: len(processes_of(tmp_path)) >= 2 + 2 * 6, "all processes up", timeout_s=20)
         os.kill(owner.pid, signal.SIGKILL)
         owner.wait()
         wait_until(lambda: processes_of(tmp_path) <= forked, "all processes gone", timeout_s=20)

@@ -315,7 +315,15 @@ def test_a_cordoned_node_is_left(bench: Any, plane: ControlPlane) -> None:
         ({"model": {"id": "nobody/knows"}}, "InvalidManifest", "nobody/knows"),
         ({"hardware": {"nodeSelector": {"pool": "none"}}}, "Nodes", "pool"),
         ({"slo": {"ttft": "1ms", "tpot": "100ms"}}, "TTFT", "TTFT"),
-        ({"model": {"id": "facebook/opt-175b"}, "hardware": {"maxGPUs": 2}}, "", "GPU"),
+        (
+            {
+                "model": {"id": "facebook/opt-175b"},
+                "slo": {"ttft": "4s", "tpot": "200ms"},
+                "hardware": {"maxGPUs": 2},
+            },
+            "InsufficientGPUs",
+            "maxGPUs is 2",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_a_condition_and_leaves_nothing(

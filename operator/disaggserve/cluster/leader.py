@@ -56,22 +56,24 @@ class Leader:
             self._lock.api_instance.patch_namespaced_lease(self._lock.name, self._lock.namespace, body)
 
     def _run(self) -> None:
-        if kubeconfig():
-            config.load_kube_config(kubeconfig())
-        else:
-            config.load_incluster_config()
-        s = self._settings
-        self._lock = Lock(s.lease, s.namespace, s.identity, self._clock, self._renewed)
-        election = electionconfig.Config(
-            self._lock,
-            lease_duration=s.lease_duration_s,
-            renew_deadline=s.renew_deadline_s,
-            retry_period=s.retry_period_s,
-            onstarted_leading=self._on_leading,
-            onstopped_leading=self._stop,
-        )
         try:
+            if kubeconfig():
+                config.load_kube_config(kubeconfig())
+            else:
+                config.load_incluster_config()
+            s = self._settings
+            self._lock = Lock(s.lease, s.namespace, s.identity, self._clock, self._renewed)
+            election = electionconfig.Config(
+                self._lock,
+                lease_duration=s.lease_duration_s,
+                renew_deadline=s.renew_deadline_s,
+                retry_period=s.retry_period_s,
+                onstarted_leading=self._on_leading,
+                onstopped_leading=self._stop,
+            )
             leaderelection.LeaderElection(election).run()
+        except Exception:
+            log.exception("the lease cannot be held")
         finally:
             self._stop()
 

