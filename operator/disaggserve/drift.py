@@ -22,6 +22,8 @@ from disaggserve.api.plan import Commit
 from disaggserve.api.spec import Spec
 from disaggserve.workload import Lengths, Workload
 
+Truth = Literal["True", "False", "Unknown"]
+
 SHRINK_TO = 0.8
 SHRINK_WINDOW_S = 3600.0
 MIN_REQUESTS = 30
@@ -76,12 +78,13 @@ class History:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`plan` is the better plan when there is one and it may be carried out now."""
+    """`plan` is the better plan when there is one and it may be carried out now. `limit`: what keeps every plan from it."""
 
     reason: str
     for_revision: int
     plan: plan.Draft | None = None
     missed: int = 0
+    limit: str = ""
 
 
 def merge(windows: Sequence[Window], spec: Spec) -> Workload:
@@ -109,16 +112,19 @@ def _bounded(seen: Workload, spec: Spec) -> Workload:
     return Workload(rate=round(rate, 3), cv=seen.cv, lengths=seen.lengths, source=seen.source)
 
 
-def meeting(window: Window, target: float, before: str) -> Literal["True", "False", "Unknown"]:
-    """True, False or Unknown; while the 95 % interval holds the target, what was said before stands."""
-    if window.attainment is None or window.judged < MIN_REQUESTS:
+def meeting(window: Window, target: float, before: str) -> Truth:
+    """True, False or Unknown; what was said before stands while the 95 % interval holds the target or requests are few."""
+    known: Truth = "True" if before == "True" else "False" if before == "False" else "Unknown"
+    if window.attainment is None:
         return "Unknown"
+    if window.judged < MIN_REQUESTS:
+        return known
     half = 1.96 * sqrt(max(window.attainment * (1 - window.attainment), 1e-4) / window.judged)
     if window.attainment + half < target:
         return "False"
-    if window.attainment - half >= target or before not in ("True", "False"):
+    if window.attainment - half >= target or known == "Unknown":
         return "True" if window.attainment >= target else "False"
-    return "True" if before == "True" else "False"
+    return known
 
 
 def judge(spec: Spec, commit: Commit, traffic: Traffic, history: History, facts: plan.Facts) -> Verdict:
@@ -150,7 +156,10 @@ def judge(spec: Spec, commit: Commit, traffic: Traffic, history: History, facts:
     attained = min(p.attainment for p in predictions)
     if missed:
         wanted = _bounded(merge(windows, spec), spec)
-        draft = plan.draft(spec, facts, wanted, commit.instances)
+        try:
+            draft = plan.draft(spec, facts, wanted, commit.instances)
+        except Infeasible as error:
+            return Verdict(f"saw {_seen(wanted, spec)}: {error}", history.revision, None, missed, error.limit)
         if draft.plan.roles == commit.plan.roles:
             return hold("the plan misses the promise and is still the best that can be had", missed)
         reason = (

@@ -106,16 +106,27 @@ def test_bad_requests_get_openais_error_shape(stack: Stack, body: Any, status: i
 def test_steady_traffic_writes_nothing_and_reaches_prometheus(stack: Stack) -> None:
     settled = "increase(disaggserve_operator_reconciles_total[15s])"
     wait_until(lambda: bool(stack.prometheus.query(settled)), "the operator to be scraped", timeout_s=60)
-    drive(stack, 12, seed=1)  # MetricsFresh and MeetingSLO find their word
-    wait_until(
-        lambda: condition(stack.resource("chat"), "MetricsFresh") == "True", "fresh metrics", timeout_s=60
+    begun, measured = 0, asyncio.Event()
+    before: list[str] = []
+
+    def on_result(_: load.Result) -> None:
+        nonlocal begun, before
+        begun += 1
+        # By then the window is full of this traffic, and MetricsFresh and MeetingSLO have found their word.
+        if begun == 110:
+            before = operator_writes(stack)
+            measured.set()
+
+    sent = requests(50, 2)
+    results = asyncio.run(
+        load.run_load(stack.url("chat"), MODEL, sent, vocab=256, seed=2, on_result=on_result)
     )
-    before = operator_writes(stack)
-    results = drive(stack, 25, seed=2)
+    assert measured.is_set()
     assert {r.outcome for r in results} == {"ok"}
     assert operator_writes(stack)[len(before) :] == []
+    assert condition(stack.resource("chat"), "MetricsFresh") == "True"
     seen = stack.prometheus.query('sum(disaggserve_router_arrivals_total{resource="default/chat"})')
-    assert float(seen[0]["value"][1]) >= len(results)
+    assert float(seen[0]["value"][1]) >= 0.9 * len(results)
 
 
 def test_traffic_does_not_notice_that_the_operator_dies(stack: Stack) -> None:

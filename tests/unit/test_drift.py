@@ -166,7 +166,8 @@ def test_far_fewer_gpus_are_taken(first: Commit) -> None:
         (0.91, 100, "False", "False"),
         (0.89, 100, "Unknown", "False"),
         (None, 1000, "True", "Unknown"),
-        (0.5, 3, "True", "Unknown"),
+        (0.5, 3, "True", "True"),  # three requests say nothing new
+        (0.5, 3, "Unknown", "Unknown"),
     ],
 )
 def test_meeting_keeps_its_word_within_the_interval(
@@ -179,3 +180,11 @@ def test_meeting_keeps_its_word_within_the_interval(
 def test_the_example_is_what_the_demo_says() -> None:
     spec = yaml.safe_load((ROOT / "examples/chat.yaml").read_text())["spec"]
     assert (spec["workload"]["rate"], spec["slo"]["ttft"], spec["slo"]["tpot"]) == (5, "250ms", "100ms")
+
+
+def test_traffic_that_nothing_can_serve_is_said_and_held(first: Commit) -> None:
+    tight = CHAT.model_copy(update={"hardware": CHAT.hardware.model_copy(update={"max_gpus": 2})})
+    past = drift.History(1e6, 0, 1)
+    verdict = drift.judge(tight, first, windows(1.0), past, FACTS)
+    assert (verdict.plan, verdict.limit) == (None, "GPUs")
+    assert "maxGPUs" in verdict.reason

@@ -138,6 +138,7 @@ class Reconciler:
             report.set("PlanFeasible", "Unknown", "Paused", "paused: nothing is planned or changed")
         else:
             snap = await self._decide(owner, spec, snap, memory, report, now_s, looked)
+            _keep_advice(report, old)
         again_s = seconds(spec.replan.interval) if spec.replan.mode != "Off" else _REST_S
         if snap.commits:
             latest = snap.commits[-1]
@@ -187,7 +188,13 @@ class Reconciler:
         if why is not None:
             return await self._replan(owner, spec, snap, memory, report, why, now_s)
         verdict = memory.verdict
-        if verdict is None or verdict.plan is None or verdict.for_revision != snap.commits[-1].revision:
+        if verdict is None or spec.replan.mode == "Off" or verdict.for_revision != snap.commits[-1].revision:
+            return snap
+        if verdict.limit:
+            # Without figures: they change with every look, and a look alone is no reason to write.
+            message = "no plan keeps the promise on the traffic that was seen; the committed plan goes on"
+            report.set("PlanFeasible", "False", verdict.limit, message)
+        if verdict.plan is None:
             return snap
         if spec.replan.mode == "Advise":
             report.proposal = Proposal(
@@ -257,7 +264,7 @@ class Reconciler:
                     return snap
                 blocked = self._blocked(spec, snap, facts, draft, latest)
                 if blocked:
-                    reason = f"a new plan ({why.reason}) waits: {blocked}"
+                    reason = f"{why.cause}: a new plan waits: {blocked}"
                     report.decision = Decision(time=rfc3339(now_s), action="Hold", reason=reason[:4000])
                     report.set("Progressing", "False", "HeldForGPUs", reason)
                     await events.say(self._cluster, owner, "Warning", "Hold", reason, now_s, why.cause)
@@ -507,6 +514,16 @@ class Reconciler:
         if patch:
             body = {"metadata": {"uid": owner.uid}, "status": patch}
             await self._cluster.merge(RESOURCES, owner.namespace, owner.name, body, subresource="status")
+
+
+def _keep_advice(report: Report, old: Json) -> None:
+    """The same advice with other figures is the same advice: it is not written again."""
+    said, last = old.get("proposal"), old.get("lastDecision")
+    if report.proposal is None or not said or not last or last["action"] != "Advise":
+        return
+    if (said["prefill"], said["decode"]) == (report.proposal.prefill, report.proposal.decode):
+        report.proposal = Proposal.model_validate(said)
+        report.decision = Decision.model_validate(last)
 
 
 def _decision(stored: Stored) -> Decision:
