@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from disaggserve import __version__
+from disaggserve.api.errors import InvalidInput
 
 app = typer.Typer(
     name="disaggserve",
@@ -90,6 +91,23 @@ def crd() -> None:
     from disaggserve.api import crd as generator
 
     print(generator.text(), end="")
+
+
+@app.command("warm-up", hidden=True)
+def warm_up(
+    into: Annotated[
+        Path, typer.Option("--into", help="Folder for DISAGGSERVE_KERNELS to name when the image runs.")
+    ],
+) -> None:
+    """Compiles the simulator ahead, when an image is built: no process of it waits for a compiler."""
+    from disaggserve import simulate
+    from disaggserve.simulate import cache
+
+    simulate.warm_up()
+    try:
+        print(cache.keep(into))
+    except OSError as error:
+        raise InvalidInput(f"{into}: cannot be written ({error}); name a folder that can be") from None
 
 
 @app.command()
