@@ -134,7 +134,7 @@ class Model(ApiModel):
     )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         default="auto",
-        description="Type of weights and activations; auto is what the checkpoint says. Example: bfloat16.",
+        description="Type of weights and activations; auto is what the checkpoint says. float32 comes later and is refused. Example: bfloat16.",
     )
     kv_dtype: Literal["auto", "fp8"] = Field(
         default="auto",
@@ -151,6 +151,12 @@ class Model(ApiModel):
             "self.kvDtype != 'fp8'",
             "fp8 KV is not carried out by this release; write auto",
             lambda s: s.kv_dtype != "fp8",
+        ),
+        _later(
+            "dtype",
+            "self.dtype != 'float32'",
+            "float32 is not planned for by this release; write auto, float16 or bfloat16",
+            lambda s: s.dtype != "float32",
         ),
         Rule(
             "!has(self.config) || self.config.trim().startsWith('{')",
@@ -184,7 +190,7 @@ class Slo(ApiModel):
 
 
 class Lengths(ApiModel):
-    preset: Literal["sharegpt", "humaneval", "longbench"] = Field(
+    preset: Literal["sharegpt", "humaneval", "longbench", "azure-conv", "azure-code"] = Field(
         description="A joint table of prompt and output lengths. Example: sharegpt (means 759 and 186 tokens)."
     )
     input_scale: float = Field(
@@ -376,7 +382,7 @@ class EngineSpec(ApiModel):
     args: tuple[LongText, ...] = Field(
         default=(),
         max_length=32,
-        description='More arguments of the engine. Flags that the operator sets are refused by name. Example: [--max-batch, "64"].',
+        description='More arguments of the engine. Flags that the operator sets are refused by name. Example: [--kv-blocks, "4096"].',
     )
     pod: PodSpec = Field(default_factory=PodSpec, description="Parts of the worker pods.")
 
@@ -426,7 +432,8 @@ class ReplanSpec(ApiModel):
     )
     min_dwell: Duration = Field(default="10m", description="Shortest time between two plans. Example: 10m.")
     horizon: Duration = Field(
-        default="6h", description="Time over which a switch must pay for itself. Example: 6h."
+        default="6h",
+        description="Time over which a smaller plan must save more GPU time than the switch costs. Example: 6h.",
     )
     max_per_hour: int = Field(
         default=2, ge=1, le=60, description="Most new plans in an hour that traffic may cause. Example: 2."

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from disaggserve import __version__
+from disaggserve.api.errors import InvalidInput
 
 app = typer.Typer(
     name="disaggserve",
@@ -52,11 +53,14 @@ def plan(
     output: Annotated[
         Output, typer.Option("-o", "--output", help="table, json (shape of status.plan) or yaml.")
     ] = Output.table,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write a page that explains the plan into this folder.")
+    ] = None,
 ) -> None:
     """The operator's own plan, without a cluster."""
     from disaggserve.cli.plan import run
 
-    run(file, nodes, algorithm.value if algorithm else None, output.value)
+    run(file, nodes, algorithm.value if algorithm else None, output.value, report)
 
 
 @app.command()
@@ -111,6 +115,23 @@ def crd() -> None:
     from disaggserve.api import crd as generator
 
     print(generator.text(), end="")
+
+
+@app.command("warm-up", hidden=True)
+def warm_up(
+    into: Annotated[
+        Path, typer.Option("--into", help="Folder for DISAGGSERVE_KERNELS to name when the image runs.")
+    ],
+) -> None:
+    """Compiles the simulator ahead, when an image is built: no process of it waits for a compiler."""
+    from disaggserve import simulate
+    from disaggserve.simulate import cache
+
+    simulate.warm_up()
+    try:
+        print(cache.keep(into))
+    except OSError as error:
+        raise InvalidInput(f"{into}: cannot be written ({error}); name a folder that can be") from None
 
 
 @app.command()
