@@ -161,6 +161,50 @@ def test_two_regimes_of_decode_are_found():
         assert times.decode_stage_s(batch, batch * 501) == pytest.approx(seconds, rel=1e-4)
 
 
+def test_a_prefill_flat_while_weights_are_read_is_found():
+    lengths = (16, 32, 64, 128, 256, 512, 1024, 2048)
+    rows = [prefill(n, form=(14e-3, 0.0, 6.5e-9), off=1) for n in lengths if n <= 128]
+    rows += [prefill(n, form=(14e-3 - 128 * 100e-6, 100e-6, 6.5e-9)) for n in lengths if n > 128]
+    document, profile = fitted("\n".join([HEADER, *rows, *table().splitlines()[6:]]))
+    fit = document.fits[0].prefill
+    assert (fit.flat_to_tokens, fit.evidence.residuals.max) == (128, 0)
+    times = latency.step_times(OPT13, A100, 1, 1, profile)
+    assert times.prefill_stage_s([60]) == pytest.approx(14e-3 + 6.5e-9 * 60**2, rel=1e-4)
+    assert times.prefill_stage_s([700]) == pytest.approx(14e-3 + 100e-6 * 572 + 6.5e-9 * 700**2, rel=1e-4)
+    # Rows on one line stay on it.
+    assert fitted(table())[0].fits[0].prefill.flat_to_tokens is None
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(
+    ("model", "gpu"),
+    [
+        (LLAMA8, H100),
+        (catalogue.model("Qwen/Qwen3-30B-A3B"), H100),
+        (catalogue.model("Qwen/Qwen3-8B-FP8"), H100),
+    ],
+    ids=lambda v: getattr(v, "id", ""),
+)
+def test_what_the_roofline_s_own_steps_are_fitted_with(model, gpu, tp):
+    """Steps that no line holds exactly: weights read or multiplied, experts touched. The fit stays near, and stands."""
+    roof = latency.step_times(model, gpu, tp, 1)
+    rows = [
+        f"prefill,1,{n},0,{tp},1,{roof.prefill_stage_s([n])!r}"
+        for n in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    ]
+    rows += [
+        f"decode,{b},{b},{b * c},{tp},1,{roof.decode_stage_s(b, b * (c + 1))!r}"
+        for b in (1, 2, 4, 8, 16, 32, 64, 128, 256)
+        for c in (128, 1024)
+    ]
+    document, profile = fitted("\n".join([HEADER, *rows]), model, gpu, "vllm")
+    fit = document.fits[0]
+    assert fit.prefill.evidence.residuals.median < 0.1
+    assert fit.decode.evidence.residuals.median < 0.05
+    for pp in (1, 2):
+        latency.physics.check(model, gpu, tp, pp, latency.step_times(model, gpu, tp, pp, profile))
+
+
 def test_a_hop_between_stages_is_fitted_where_several_pp_were_measured():
     document, profile = fitted(table(pps=(1, 2), hop=2e-3))
     assert document.fits[0].pp == (1, 2)
@@ -225,10 +269,12 @@ def test_a_profile_without_model_and_gpu_is_taken_for_any():
         ("prefill,1,64,,1,1,0.1", "context_tokens is ''"),
         ("prefill,1,64,0,x,1,0.1", "tp is 'x'"),
         ("prefill,1,64,0,1,0,0.1", "pp is '0'"),
-        ("prefill,1,64,0,1,1,", "seconds is '', not a number above 0"),
+        ("prefill,1,64,0,1,1,", "seconds is '', not a number from 1e-06 to 3600"),
         ("prefill,1,64,0,1,1,nan", "seconds is 'nan'"),
         ("prefill,1,64,0,1,1,inf", "seconds is 'inf'"),
         ("prefill,1,64,0,1,1,-0.1", "seconds is '-0.1'"),
+        ("prefill,1,64,0,1,1,1e-300", "seconds is '1e-300'"),
+        ("prefill,1,64,0,1,1,1e9", "seconds is '1e9'"),
         ("prefill,8,4,0,1,1,0.1", "tokens is 4, fewer than the 8 prompts"),
         ("decode,8,64,800,1,1,0.1", "tokens is 64 and batch 8; a decode step makes one token a request"),
         ("prefill,1,64,0,3,1,0.1", "does not take this shape: tp 3"),
@@ -361,6 +407,28 @@ def test_a_bad_profile_of_ours_names_the_field(tmp_path, change, words):
     path.write_text(json.dumps(document | change))
     with pytest.raises(BadProfile, match=words):
         Profile.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d["fits"].append(d["fits"][0]), "the same tp stands twice"),
+        (lambda d: d["fits"][0]["decode"].update(largeFromBatch=8), "large and largeFromBatch go together"),
+        (
+            lambda d: d["fits"][0]["prefill"]["evidence"]["tokens"].update(least=9999),
+            "fits.0.prefill.evidence: least 9999 is more than most 2048",
+        ),
+        (
+            lambda d: d["fits"][0]["prefill"].update(baseSeconds=-1.0),
+            "fits.0.prefill.baseSeconds: input should be greater than or equal to 0",
+        ),
+    ],
+)
+def test_a_profile_of_ours_that_contradicts_itself_is_refused(change, words):
+    document = fitted(table())[0].model_dump(mode="json", exclude_none=True)
+    change(document)
+    with pytest.raises(BadProfile, match=words):
+        Profile.of(document, "p.json")
 
 
 def test_a_profile_faster_than_the_hardware_is_refused_where_it_was_measured(tmp_path):

@@ -41,14 +41,18 @@ def _show(document: records.Document, output: Path, digest: str) -> None:
     """What was fitted and how far it is from its rows, relative to them."""
     table = Table("phase", "tp", "pp", "rows", "form", "median", "p90", "max", box=None, pad_edge=False)
     for fit in document.fits:
-        for phase, evidence in (("prefill", fit.prefill.evidence), ("decode", fit.decode.evidence)):
+        flat, large = fit.prefill.flat_to_tokens, fit.decode.large_from_batch
+        for phase, evidence, bend in (
+            ("prefill", fit.prefill.evidence, f", flat to {flat} tokens" if flat else ""),
+            ("decode", fit.decode.evidence, f", another from batch {large}" if large else ""),
+        ):
             off = evidence.residuals
             table.add_row(
                 phase,
                 str(fit.tp),
                 ",".join(map(str, fit.pp)),
                 str(evidence.rows),
-                evidence.form if phase == "prefill" or fit.decode.large is None else "perTp, two regimes",
+                evidence.form + bend,
                 *(f"{share:.1%}" for share in (off.median, off.p90, off.max)),
             )
     _out.print(table)

@@ -6,7 +6,8 @@ Two forms of a whole pass, REFERENCE § 1; the one that predicts rows it has not
     paper    prefill C1·t·matrices/tp + C2·3h·t₂/(16·tp) + C3     decode C4·matrices/tp + C5·3h·t/tp
 
 perTp has constants of its own for every tp, paper one set for all; with several pp a hop is fitted too. A perTp decode
-may have two regimes, as DistServe's have. `matrices` are a layer's weights that a token is multiplied with, 4h² + 2hm
+may have two regimes, as DistServe's have, and a perTp prefill may be flat up to some Σlen, while reading the weights
+takes longer than multiplying with them. `matrices` are a layer's weights that a token is multiplied with, 4h² + 2hm
 in the paper's models; the paper divides h and m by tp, and a matrix shared out over tp GPUs is a tp-th of it.
 """
 
@@ -27,7 +28,7 @@ from disaggserve.latency.steps import Floats
 
 MIN_ROWS = 4  # of one phase and tp: one more than there are constants
 FOLDS = 5
-_BETTER = 0.9  # a second regime must predict unseen rows with at most this share of one regime's error
+_BETTER = 0.9  # a second regime or a flat start must predict unseen rows with at most this share of the error without
 _TOLD_APART = 1e-3  # least singular value, of the greatest, of columns that count as different
 _ATTENTION_BLOCK = 16
 
@@ -41,9 +42,10 @@ class Curve:
     small: Coefficients
     large: Coefficients | None = None
     large_from: int = 0  # batch
+    flat_to: int = 0  # Σlen of a prefill
 
     def seconds(self, rows: Sequence[Row]) -> Floats:
-        x = _features(rows)
+        x = _features(rows, self.flat_to)
         found: Floats = x @ np.array(self.small)
         if self.large is not None:
             batch = np.array([r.batch for r in rows])
@@ -81,6 +83,7 @@ def fit(
                     seconds_per_token=p.small[1],
                     seconds_per_squared_token=p.small[2],
                     seconds_per_hop=p.small[3],
+                    flat_to_tokens=p.flat_to or None,
                     evidence=evidence["prefill"],
                 ),
                 decode=records.Decode(
@@ -157,11 +160,11 @@ def _identify(tp: int, rows: Sequence[Row]) -> None:
 # ---- the forms
 
 
-def _features(rows: Sequence[Row]) -> Floats:
+def _features(rows: Sequence[Row], flat_to: int = 0) -> Floats:
     """[n, 4]: what the coefficients are multiplied with."""
     return np.array(
         [
-            [1.0, r.tokens, r.squares, r.pp - 1]
+            [1.0, max(r.tokens, flat_to), r.squares, r.pp - 1]
             if r.phase == "prefill"
             else [1.0, r.context_tokens + r.batch, r.batch, r.pp - 1]
             for r in rows
@@ -178,7 +181,9 @@ def _choose(rows: Sequence[Row], model: Model | None, gpu: GPU | None) -> tuple[
     form, curves = "perTp", {tp: _regimes(g, model, gpu) for tp, g in _grouped(rows)}
     if model is not None:
         paper = _held_out(rows, lambda some: _paper(some, model))
-        if paper <= _held_out(rows, single) and all(c.large is None for c in curves.values()):
+        if paper <= _held_out(rows, single) and all(
+            c.large is None and not c.flat_to for c in curves.values()
+        ):
             form, curves = "paper", dict(_paper(rows, model))
     return form, curves
 
@@ -188,39 +193,47 @@ def _grouped(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
 
 
 def _regimes(rows: Sequence[Row], model: Model | None, gpu: GPU | None) -> Curve:
-    """One curve, or for decode two that meet at a batch, where that predicts unseen rows clearly better."""
-    one = Curve(_solved(rows, model, gpu))
-    if rows[0].phase == "prefill":
-        return one
+    """One line, or one with a bend where that predicts unseen rows clearly better.
+
+    Decode: two lines, from a batch on another. Prefill: flat up to some Σlen.
+    """
+
+    def straight(some: Sequence[Row]) -> Curve:
+        return Curve(_solved(some, model, gpu))
 
     def split(some: Sequence[Row], at: int) -> Curve:
         sides = [r for r in some if r.batch < at], [r for r in some if r.batch >= at]
         if not all(sides):  # of a fold
-            return Curve(_solved(some, model, gpu))
+            return straight(some)
         return Curve(_solved(sides[0], model, gpu), _solved(sides[1], model, gpu), at)
 
+    def flat(some: Sequence[Row], at: int) -> Curve:
+        return Curve(_solved(some, model, gpu, at), flat_to=at)
+
+    def place(row: Row) -> int:
+        return row.batch if row.phase == "decode" else row.tokens
+
     def enough(at: int) -> bool:
-        sides = [r.batch for r in rows if r.batch < at], [r.batch for r in rows if r.batch >= at]
-        return all(len(s) > MIN_ROWS and len(set(s)) > 1 for s in sides)
+        below, above = [place(r) for r in rows if place(r) < at], [place(r) for r in rows if place(r) >= at]
+        lines = [above, below] if rows[0].phase == "decode" else [above]
+        return bool(below) and all(len(side) > MIN_ROWS and len(set(side)) > 1 for side in lines)
 
-    at = min(
-        (b for b in sorted({r.batch for r in rows}) if enough(b)),
-        key=lambda b: float(np.mean(_off(split(rows, b), rows) ** 2)),
-        default=None,
-    )
-    if at is None:
-        return one
-    single = _held_out(rows, lambda some: {rows[0].tp: Curve(_solved(some, model, gpu))})
-    double = _held_out(rows, lambda some: {rows[0].tp: split(some, at)})
-    return split(rows, at) if double < _BETTER * single else one
+    bend = split if rows[0].phase == "decode" else flat
+    bends = [at for at in sorted({place(r) for r in rows}) if enough(at)]
+    if not bends:
+        return straight(rows)
+    at = min(bends, key=lambda at: float(np.mean(_off(bend(rows, at), rows) ** 2)))
+    without = _held_out(rows, lambda some: {rows[0].tp: straight(some)})
+    with_it = _held_out(rows, lambda some: {rows[0].tp: bend(some, at)})
+    return bend(rows, at) if with_it < _BETTER * without else straight(rows)
 
 
-def _solved(rows: Sequence[Row], model: Model | None, gpu: GPU | None) -> Coefficients:
+def _solved(rows: Sequence[Row], model: Model | None, gpu: GPU | None, flat_to: int = 0) -> Coefficients:
     """Coefficients of one tp, none below what the hardware allows where it is known."""
     least = np.zeros(4)
     if model is not None and gpu is not None:
         least[1:3] = physics.least_slopes_s(model, gpu, rows[0].tp, rows[0].phase)
-    return _least_squares(_features(rows), np.array([r.seconds for r in rows]), least)
+    return _least_squares(_features(rows, flat_to), np.array([r.seconds for r in rows]), least)
 
 
 def _paper(rows: Sequence[Row], model: Model) -> Curves:

@@ -19,6 +19,7 @@ from disaggserve.latency.errors import BadMeasurements
 COLUMNS = ("phase", "batch", "tokens", "context_tokens", "tp", "pp", "seconds")
 _LEAST = {"batch": 1, "tokens": 1, "context_tokens": 0, "tp": 1, "pp": 1}
 _MOST = 10**9
+_LEAST_S, _MOST_S = 1e-6, 3600.0
 
 Phase = Literal["prefill", "decode"]
 
@@ -88,8 +89,10 @@ def _row(cells: dict[str, str], at: str, line: int) -> Row:
         seconds = float(cells["seconds"])
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise BadMeasurements(f"{at}: seconds is {cells['seconds']!r}, not a number above 0")
+    if not _LEAST_S <= seconds <= _MOST_S:
+        raise BadMeasurements(
+            f"{at}: seconds is {cells['seconds']!r}, not a number from {_LEAST_S:g} to {_MOST_S:g}"
+        )
     row = Row(**numbers, seconds=seconds, phase=phase, line=line)
     if phase == "decode" and row.tokens != row.batch:
         raise BadMeasurements(

@@ -49,6 +49,7 @@ class Fit:
     pps: tuple[int, ...] = (1,)  # that were measured
     stage_ms: float = 0.0  # × pp is added to each prefill stage (DistServe's hand-over)
     hop_ms: Triple = (0.0, 0.0, 0.0)  # × (pp − 1) is added to a whole prefill, small and large decode
+    flat_to: int = 0  # tokens below which a prefill takes no less, but for its squares
     range: Range | None = None  # None: not said. Below it a step takes as long as at its lower end
 
     def tables(self, pp: int) -> Tables:
@@ -58,7 +59,7 @@ class Fit:
         own overhead, which only its reproduction adds (REFERENCE § 1).
         """
         a, b, c = self.prefill
-        least = self.range.tokens[0] if self.range else 0
+        least = max(self.flat_to, self.range.tokens[0] if self.range else 0)
         knots = np.array([0, least, least + 8192] if least else [0, 8192], dtype=np.int64)
         whole = a + self.hop_ms[0] * (pp - 1) + b * np.maximum(knots, least)
         prefill = (whole / pp + self.stage_ms * pp) * 1e6
@@ -169,6 +170,7 @@ def _own(fit: Any) -> Fit:
         measured=True,
         pps=tuple(sorted(fit.pp)),
         hop_ms=triple(p.seconds_per_hop, small.seconds_per_hop, large.seconds_per_hop),
+        flat_to=p.flat_to_tokens or 0,
         range=Range(
             span(p.evidence.tokens),
             span(d.evidence.batch),
