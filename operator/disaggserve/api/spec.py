@@ -190,7 +190,7 @@ class Slo(ApiModel):
 
 
 class Lengths(ApiModel):
-    preset: Literal["sharegpt", "humaneval", "longbench"] = Field(
+    preset: Literal["sharegpt", "humaneval", "longbench", "azure-conv", "azure-code"] = Field(
         description="A joint table of prompt and output lengths. Example: sharegpt (means 759 and 186 tokens)."
     )
     input_scale: float = Field(

@@ -53,11 +53,14 @@ def plan(
     output: Annotated[
         Output, typer.Option("-o", "--output", help="table, json (shape of status.plan) or yaml.")
     ] = Output.table,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write a page that explains the plan into this folder.")
+    ] = None,
 ) -> None:
     """The operator's own plan, without a cluster."""
     from disaggserve.cli.plan import run
 
-    run(file, nodes, algorithm.value if algorithm else None, output.value)
+    run(file, nodes, algorithm.value if algorithm else None, output.value, report)
 
 
 @app.command()
