@@ -321,7 +321,15 @@ def test_the_router_needs_neither_torch_nor_numba(image: Image, tmp_path: Path) 
 def test_a_worker_says_what_it_lacks(image: Image) -> None:
     """It gets as far as its weights, which are not there: one sentence, exit 1."""
     worker = image.start(
-        *("-m", "disaggworker", "prefill", "--model", "facebook/opt-13b", "--weights", str(image.temp / "none")),
+        *(
+            "-m",
+            "disaggworker",
+            "prefill",
+            "--model",
+            "facebook/opt-13b",
+            "--weights",
+            str(image.temp / "none"),
+        ),
         *("--pairing-key", "k", "--port", str(free_ports(1, "127.0.0.1")[0])),
         REFUSED=missing("worker"),
         POD_IP="127.0.0.1",
