@@ -38,8 +38,8 @@ def prepare() -> Path:
 def _key() -> str:
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for source in (here.parent / "dispatch.py", here / "kernel.py", here / "cache.py"):
-        digest.update(source.read_bytes() if source.exists() else b"")
+    for source in (here.parent / "dispatch.py", *sorted(here.glob("*.py"))):
+        digest.update(source.read_bytes())
     cpu = os.environ.get("NUMBA_CPU_NAME") or _host_cpu()
     digest.update(f"{importlib.metadata.version('numba')} {platform.machine()} {cpu}".encode())
     return digest.hexdigest()[:16]
