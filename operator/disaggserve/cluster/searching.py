@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from disaggserve import drift, hardware, plan
 from disaggserve.api.plan import Commit, Search, Slot
 from disaggserve.api.spec import Spec
-from disaggserve.cluster.client import Json
 from disaggserve.cluster.clock import WallClock
 from disaggserve.workload import Workload
 
 
-def draft(spec: Spec, facts: plan.Facts, workload: Workload | None, previous: Sequence[Slot]) -> plan.Draft:
+def draft(
+    spec: Spec,
+    facts: plan.Facts,
+    workload: Workload | None,
+    previous: Sequence[Slot],
+    options: plan.Options = plan.DEFAULT,
+) -> plan.Draft:
     """`plan.draft` with what it took. Raises Infeasible and other DisaggServeErrors."""
     plan.warm_up()
     clock = WallClock()
     began_s, cpu_s = clock.monotonic_s(), clock.cpu_s()
-    found = plan.draft(spec, facts, workload, previous)
+    found = plan.draft(spec, facts, workload, previous, options)
     return found.timed(clock.monotonic_s() - began_s, clock.cpu_s() - cpu_s)
 
 
@@ -27,7 +33,9 @@ def judge(
     return drift.judge(spec, commit, traffic, history, facts)
 
 
-def gpus_of_others(pods: Sequence[Json], claims: Sequence[Json], own: set[str]) -> int:
+def gpus_of_others(
+    pods: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, Any]], own: set[str]
+) -> int:
     """GPUs that pods of others hold or claim."""
     total = 0
     for pod in (*pods, *claims):

@@ -27,19 +27,25 @@ class Refused:
 
 
 def shapes(
-    model: Model, gpu: GPU, engine: Engine, role: Role, nodes: Iterable[Node], lengths: Lengths
+    model: Model,
+    gpu: GPU,
+    engine: Engine,
+    role: Role,
+    nodes: Iterable[Node],
+    lengths: Lengths,
+    profile: latency.Profile | None = None,
 ) -> tuple[tuple[Shape, ...], tuple[Refused, ...]]:
     """Shapes of one role to simulate, and those refused, each in order of GPUs, then pp.
 
     tp divides heads and feed-forward, pp the layers, and an instance has at most the GPUs of the largest
-    node. Where the shipped profile covers the model on this GPU, only shapes that it measured (REFERENCE § 3):
+    node. Where the profile (default: the shipped one) covers the model on this GPU, only shapes that it measured (REFERENCE § 3):
     its tp at pp 1. Its form can be stretched to any pp, but real decode at pp 2 ran 20 to 35 % slower than it
     says (REFERENCE § 1). The longest request must fit the KV blocks beside the weights (its prompt, for prefill).
     """
     nodes = list(nodes)
     most = max((n.gpus_total for n in nodes), default=0)
     nvlink = max((n.gpus_total for n in nodes if n.nvlink), default=0)
-    profile = latency.shipped_profile()
+    profile = profile or latency.shipped_profile()
     measured = profile.shapes(model) if profile.covers(model, gpu) else None
     total = lengths.input + (lengths.output if role == "decode" else 0)
     longest = int(total.max())
