@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from disaggserve import catalogue, engines, hardware, latency, search, simulate
@@ -305,10 +305,14 @@ def _searched(
         objective=options.objective,
         prices=dict(spec.hardware.prices),
     )
-    engine, placement = own, None
-    if options.any_engine:
+    engine = own
+    if options.as_published:
+        profile = options.profile or latency.shipped_profile()
+        placement = search.published.place(problem, profile, options.resolution)
+    elif options.any_engine:
         engine, placement = _any_engine(problem)
-    placement = placement or search.place(problem)
+    else:
+        placement = search.place(problem)
     plan = Plan(
         algorithm=placement.algorithm,
         affinity=placement.affinity,
@@ -508,24 +512,11 @@ def _check_profile(setting: Setting, profile: latency.Profile | None) -> None:
             )
     elif profile is None:
         raise InvalidInput(f"the plan was made with the profile {made.name}; give it with --profile")
-    elif profile_digest(profile) != made.digest:
+    elif profile.digest != made.digest:
         raise InvalidInput(
             f"profile {profile.name} is not {made.name}, with which the plan was made: its digest is "
-            f"{profile_digest(profile)[:12]}, not {made.digest[:12]}"
+            f"{profile.digest[:12]}, not {made.digest[:12]}"
         )
-
-
-def profile_digest(profile: latency.Profile) -> str:
-    """SHA-256 of all that a profile says, its name aside."""
-
-    def plain(value: Any) -> Any:
-        if is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-        if isinstance(value, Mapping):
-            return sorted([str(k), plain(v)] for k, v in value.items())
-        return value if isinstance(value, str | int | float | bool | None) else [plain(v) for v in value]
-
-    return digest({k: v for k, v in plain(profile).items() if k != "name"})
 
 
 def predict(plan: Plan, workload: Workload) -> Prediction:
@@ -586,7 +577,7 @@ def _setting(
         engine=engine.name,
         gpu=product("prefill"),
         decode_gpu=product("decode") if product("decode") != product("prefill") else None,
-        profile=ProfileName(name=profile.name, digest=profile_digest(profile)) if profile else None,
+        profile=ProfileName(name=profile.name, digest=profile.digest) if profile else None,
         link=link.name,
         ttft=seconds(spec.slo.ttft),
         tpot=seconds(spec.slo.tpot),
@@ -665,7 +656,8 @@ def _refusal(spec: Spec, plan: Plan, nodes: hardware.Inventory) -> str | None:
     engine = engines.engine(plan.setting.engine)
     simulated = {n.name: n.simulated for n in nodes.nodes}
     reason = engines.refuse_args(engine, spec.engine.args)
-    reason = reason or engines.refuse_architecture(engine, model(spec).architecture)
+    known = model(spec)
+    reason = reason or engines.refuse_architecture(engine, known.architecture, known.quantised)
     for role in plan.roles:
         there = all(simulated.get(n.name, False) for n in role.nodes)
         reason = reason or engines.refuse_start(engine, role.tp, role.pp, plan.paired, there)

@@ -12,10 +12,10 @@ import numpy as np
 from disaggserve import latency, plan, workload
 from disaggserve.api.errors import InvalidInput
 from disaggserve.api.spec import Spec
-from disaggserve.cli import show
+from disaggserve.cli import report, show
 from disaggserve.cli.files import objects, one
 from disaggserve.cluster import searching
-from disaggserve.workload import Lengths, Workload
+from disaggserve.workload import Workload
 
 ALGORITHMS = {"joint": "Joint", "distserve": "DistServe", "high": "HighAffinity", "low": "LowAffinity"}
 
@@ -31,15 +31,19 @@ class Replacing:
     rate: str | None = None
     max_gpus: int | None = None
     engine: str | None = None
+    as_published: bool = False
+    resolution: float = 0.25
 
 
-def run(file: Path, nodes: Path, replacing: Replacing, output: str) -> None:
+def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path | None = None) -> None:
     spec = replaced(one(file).spec, replacing)
     expected = traffic(spec, replacing)
     options = plan.Options(
         profile=latency.Profile.load(replacing.profile) if replacing.profile else None,
         objective="goodput" if replacing.rate == "max" else "gpus",
         any_engine=replacing.engine == "any",
+        as_published=replacing.as_published,
+        resolution=replacing.resolution,
     )
     facts = read_facts(nodes)
     with show.busy("searching"):
@@ -48,6 +52,8 @@ def run(file: Path, nodes: Path, replacing: Replacing, output: str) -> None:
         show.plan(spec, draft)
     else:
         show.dump(draft.plan.model_dump(mode="json", exclude_none=True), output)
+    if page is not None:
+        report.write(page, spec, facts, draft, expected or plan.expected(spec))
 
 
 def read_facts(path: Path) -> plan.Facts:
@@ -90,43 +96,34 @@ def traffic(spec: Spec, replacing: Replacing) -> Workload | None:
     """Traffic of a trace or a table of lengths; None where neither is given. Requests over the model's context are left out,
     and how many is said on stderr and in the source.
 
-    Of a trace: its lengths in pairs, its mean rate (or --rate), and the coefficient of variation of its gaps.
+    A trace is planned for as it is: its own arrivals in their order, at its mean rate or run faster or slower to --rate.
     """
     if replacing.trace and replacing.lengths:
         raise InvalidInput("--trace and --lengths both tell the lengths; give one of them")
+    context = plan.context_length(spec)
     if replacing.lengths:
-        lengths, said = _within(workload.read_lengths(replacing.lengths), plan.context_length(spec))
+        table = workload.read_lengths(replacing.lengths)
+        fits = table.input.astype(np.int64) + table.output <= context
+        said = _left_out(replacing.lengths, len(table) - int(fits.sum()), len(table), context)
+        lengths = replace(table, input=table.input[fits], output=table.output[fits])
         return Workload(spec.workload.rate, 1.0, lengths, f"{replacing.lengths.name}{said}")
     if replacing.trace is None:
         return None
-    requests = workload.read_trace(replacing.trace)
-    gaps = np.diff(requests.arrival_ns) * 1e-9
-    if len(gaps) < 2 or not gaps.sum():
-        raise InvalidInput(
-            f"{replacing.trace}: {len(requests)} requests tell no rate; give more, over some time"
-        )
-    name = replacing.trace.stem
-    lengths, said = _within(Lengths(name, requests.input, requests.output), plan.context_length(spec))
-    rate = len(gaps) / float(gaps.sum()) * len(lengths) / len(requests)
-    cv = float(np.std(gaps) / np.mean(gaps))
-    return Workload(
-        round(_rate(replacing.rate) or rate, 6),
-        round(cv, 6),
-        lengths,
-        f"{replacing.trace.name}, its mean rate and the CV of its gaps{said}",
-    )
+    whole = workload.read_trace(replacing.trace, context_length=context)
+    requests, out = whole.within(context)
+    said = _left_out(replacing.trace, out, len(whole), context)
+    found = workload.from_trace(requests, f"{replacing.trace.name}, its own arrivals{said}")
+    rate = _rate(replacing.rate)
+    return replace(found, rate=rate) if rate else found
 
 
-def _within(lengths: Lengths, context: int) -> tuple[Lengths, str]:
-    """The requests that fit the context, and what to say of the others."""
-    fits = lengths.input.astype(np.int64) + lengths.output <= context
-    out = len(lengths) - int(fits.sum())
+def _left_out(path: Path, out: int, of: int, context: int) -> str:
+    """What to say of requests over the context, also said on stderr. Raises InvalidInput where there are no others."""
     if not out:
-        return lengths, ""
-    if out == len(lengths):
-        raise InvalidInput(
-            f"{lengths.name}: every request is longer than the model's context of {context} tokens"
-        )
-    said = f"{out} of {len(lengths)} requests ({out / len(lengths):.1%}) are longer than the model's context of {context} tokens and left out"
+        return ""
+    longer = f"longer than the model's context of {context} tokens"
+    if out == of:
+        raise InvalidInput(f"{path}: all {of} requests are {longer}")
+    said = f"{out} of {of} requests ({out / of:.1%}) are {longer} and left out"
     print(said, file=sys.stderr)
-    return replace(lengths, input=lengths.input[fits], output=lengths.output[fits]), f"; {said}"
+    return f"; {said}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from disaggserve import drift, hardware, plan
 from disaggserve.api.plan import Commit, Search, Slot
 from disaggserve.api.spec import Spec
 from disaggserve.cluster.clock import WallClock
+from disaggserve.hardware import Json
 from disaggserve.workload import Workload
 
 
@@ -33,9 +33,7 @@ def judge(
     return drift.judge(spec, commit, traffic, history, facts)
 
 
-def gpus_of_others(
-    pods: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, Any]], own: set[str]
-) -> int:
+def gpus_of_others(pods: Sequence[Json], claims: Sequence[Json], own: set[str]) -> int:
     """GPUs that pods of others hold or claim."""
     total = 0
     for pod in (*pods, *claims):

@@ -22,7 +22,8 @@ def place(problem: Problem, progress: Progress | None = None) -> Placement:
     `Infeasible` with the limit that binds: Memory, TTFT, TPOT, GPUs, Engine, Nodes or Affinity.
     """
     tell = progress or (lambda what, done, of: None)
-    if reason := engines.refuse_architecture(problem.engine, problem.model.architecture):
+    model = problem.model
+    if reason := engines.refuse_architecture(problem.engine, model.architecture, model.quantised):
         raise Infeasible("Engine", reason)
     products = _by_product(problem.inventory)
     if not products:

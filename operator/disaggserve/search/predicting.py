@@ -36,7 +36,7 @@ def pool(
     profile: latency.Profile | None = None,
 ) -> Pool:
     """Instances of one shape. Their prefill batches hold L_m tokens, or as many as the engine says."""
-    limit = engine.prefill_limit or latency.saturation_tokens(model, gpu, tp, pp)
+    limit = engine.prefill_limit or latency.saturation_tokens(model, gpu, tp, pp, profile)
     blocks = catalogue.kv_blocks(model, gpu, tp, pp, engine.block_tokens)
     return Pool(count, latency.step_times(model, gpu, tp, pp, profile), blocks, limit)
 
@@ -133,19 +133,17 @@ def window_s(rate: float, enough: int, steady_s: float = STEADY_S) -> float:
     return min(max(300 / rate, min(steady_s, enough / rate)), 3600.0)
 
 
-def predict(
+def observe(
     deployment: Deployment,
     workload: Workload,
-    promise: Promise,
     *,
     seeds: Sequence[int] = FRESH_SEEDS,
     duration_s: float = STEADY_S,
     enough: int = 10_000,
-) -> Prediction:
-    """What the deployment attains on the workload: all seeds' requests judged together.
+) -> tuple[Requests, Outcome]:
+    """The requests judged, all seeds one after another on one clock, and what became of each.
 
-    Per seed `duration_s` after a warm-up, less where `enough` requests come sooner. The interval is over
-    batches of consecutive requests of all seeds; it holds the chance of arrivals, not the model's error.
+    Per seed `duration_s` after a warm-up, less where `enough` requests come sooner.
     """
     window = window_s(workload.rate, enough, duration_s)
     parts: list[list[npt.NDArray[Any]]] = []
@@ -161,8 +159,25 @@ def predict(
     arrival, inputs, outputs, start, first, moved, begun, last = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
-    outcome = Outcome(start, first, moved, begun, last, events=0)
-    return simulate.judge(Requests(arrival, inputs, outputs), outcome, promise)
+    return Requests(arrival, inputs, outputs), Outcome(start, first, moved, begun, last, events=0)
+
+
+def predict(
+    deployment: Deployment,
+    workload: Workload,
+    promise: Promise,
+    *,
+    seeds: Sequence[int] = FRESH_SEEDS,
+    duration_s: float = STEADY_S,
+    enough: int = 10_000,
+) -> Prediction:
+    """What the deployment attains on the workload: all seeds' requests (`observe`) judged together.
+
+    The interval is over batches of consecutive requests of all seeds; it holds the chance of arrivals, not
+    the model's error.
+    """
+    requests, outcome = observe(deployment, workload, seeds=seeds, duration_s=duration_s, enough=enough)
+    return simulate.judge(requests, outcome, promise)
 
 
 def _columns(requests: Requests, outcome: Outcome, cut: slice, shift: int) -> list[npt.NDArray[Any]]:
