@@ -21,9 +21,17 @@ app = typer.Typer(
 
 
 class Algorithm(StrEnum):
+    joint = "joint"
     distserve = "distserve"
     high = "high"
     low = "low"
+
+
+class Engine(StrEnum):
+    torch = "torch"
+    vllm = "vllm"
+    sglang = "sglang"
+    any = "any"
 
 
 class Output(StrEnum):
@@ -50,6 +58,34 @@ def plan(
         Algorithm | None,
         typer.Option("--algorithm", help="Replaces planner.algorithm.", case_sensitive=False),
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Measured step times: what `disaggserve fit` writes, or DistServe's JSON."),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Requests to plan for: CSV with arrival_s,input_tokens,output_tokens."),
+    ] = None,
+    lengths: Annotated[
+        Path | None, typer.Option(help="Lengths to plan for: CSV with input_tokens,output_tokens.")
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(help="Requests per second, or max: the highest goodput per GPU of the GPUs at hand."),
+    ] = None,
+    max_gpus: Annotated[
+        int | None, typer.Option("--max-gpus", help="Replaces hardware.maxGPUs.", min=1, max=4096)
+    ] = None,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(help="Replaces engine.type; any: the best of all, and what the resource's own costs."),
+    ] = None,
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="The search of DistServe's public code, to reproduce it.")
+    ] = False,
+    resolution: Annotated[
+        float, typer.Option(help="With --as-published: where its bisection ends, req/s per GPU.")
+    ] = 0.25,
     output: Annotated[
         Output, typer.Option("-o", "--output", help="table, json (shape of status.plan) or yaml.")
     ] = Output.table,
@@ -58,9 +94,12 @@ def plan(
     ] = None,
 ) -> None:
     """The operator's own plan, without a cluster."""
-    from disaggserve.cli.plan import run
+    from disaggserve.cli.plan import Replacing, run
 
-    run(file, nodes, algorithm.value if algorithm else None, output.value, report)
+    replacing = Replacing(
+        algorithm, profile, trace, lengths, rate, max_gpus, engine, as_published, resolution
+    )
+    run(file, nodes, replacing, output.value, report)
 
 
 @app.command()

@@ -208,7 +208,9 @@ def place(problem: Problem, profile: Profile, resolution: float = 0.25) -> Place
         affinity_reason=reason,
         groups=groups,
         gpus=best.gpus,
+        rate=rate,
         link=link,
+        paired=not high,
         goodput=rate,
         prediction=simulator.predict(
             (known.fits[prefill.tp], prefill.pp, known.tokens[prefill]),
