@@ -2,7 +2,7 @@
 
 from disaggserve.search.packing import Group, NoRoom, Standing, pack, pack_pairs
 from disaggserve.search.place import place
-from disaggserve.search.predicting import deployment, kv_link, predict
+from disaggserve.search.predicting import deployment, kv_link, pool, predict
 from disaggserve.search.problem import Placement, Problem, Progress, Rejected, Shape
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "pack",
     "pack_pairs",
     "place",
+    "pool",
     "predict",
 ]

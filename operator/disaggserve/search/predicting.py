@@ -26,11 +26,19 @@ COOLDOWN_S = 15.0  # requests after the judged ones, which would else decode on 
 STEADY_S = 600.0
 
 
-def pool(model: Model, gpu: GPU, engine: Engine, tp: int, pp: int, count: int) -> Pool:
+def pool(
+    model: Model,
+    gpu: GPU,
+    engine: Engine,
+    tp: int,
+    pp: int,
+    count: int,
+    profile: latency.Profile | None = None,
+) -> Pool:
     """Instances of one shape. Their prefill batches hold L_m tokens, or as many as the engine says."""
     limit = engine.prefill_limit or latency.saturation_tokens(model, gpu, tp, pp)
     blocks = catalogue.kv_blocks(model, gpu, tp, pp, engine.block_tokens)
-    return Pool(count, latency.step_times(model, gpu, tp, pp), blocks, limit)
+    return Pool(count, latency.step_times(model, gpu, tp, pp, profile), blocks, limit)
 
 
 def kv_link(inventory: Inventory, groups: Iterable[Group], *, paired: bool = False) -> Link:
@@ -72,6 +80,7 @@ def deployment(
     link: Link | str | None = None,
     *,
     paired: bool = False,
+    profile: latency.Profile | None = None,
 ) -> Deployment:
     """The simulator's view of instances on the nodes of an inventory, or on one GPU product.
 
@@ -99,7 +108,7 @@ def deployment(
                 by_gpu[gpus.get(name, usual)] += n
         by_gpu[usual] += count - by_gpu.total()
         for gpu, n in sorted((+by_gpu).items(), key=lambda item: item[0].product):
-            pools[role].append(pool(model, gpu, engine, tp, pp, n))
+            pools[role].append(pool(model, gpu, engine, tp, pp, n, profile))
     if isinstance(link, str):
         link = named_link(usual, link)
     if link is None:
