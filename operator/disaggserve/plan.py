@@ -520,7 +520,8 @@ def _refusal(spec: Spec, plan: Plan, nodes: hardware.Inventory) -> str | None:
     engine = engines.engine(spec.engine.type)
     simulated = {n.name: n.simulated for n in nodes.nodes}
     reason = engines.refuse_args(engine, spec.engine.args)
-    reason = reason or engines.refuse_architecture(engine, model(spec).architecture)
+    known = model(spec)
+    reason = reason or engines.refuse_architecture(engine, known.architecture, known.quantised)
     for role in plan.roles:
         there = all(simulated.get(n.name, False) for n in role.nodes)
         reason = reason or engines.refuse_start(

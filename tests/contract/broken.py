@@ -93,5 +93,6 @@ BROKEN: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         _with("spec.engine.pod", {"env": [{"name": "POD_IP", "value": "x"}]}),
         "spec.engine.pod.env[0].name",
     ),
+    "a type that no profile has": (_with("spec.model.dtype", "float32"), "spec.model.dtype"),
     "mode of a later release": (_with("spec.replan", {"mode": "Approve"}), "spec.replan.mode"),
 }

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from disaggserve import cli
 from tests.data import shared
+from tests.integration.test_cli import cluster, dgx, manifest
 
 SHAPE = "prefill=1xtp2pp1,decode=1xtp1pp1"
 TARGET = (
@@ -183,6 +185,68 @@ def test_shapes_and_plans_are_compared_on_the_same_requests(tmp_path: Path) -> N
     table = run("compare", "--shape", smaller, "--shape", SHAPE, *TARGET, "--trace", sent).stdout
     assert smaller in table
     assert "goodput" not in table
+
+
+@pytest.mark.parametrize(
+    ("shape", "gpus"),
+    [
+        ("mixed=2xtp1:chunk512", 2),
+        ("mixed=1xtp2:chunk1024,mixed=1xtp1:chunk256", 3),
+        ("prefill=1xtp2,mixed=1xtp1:chunk256,decode=1xtp1", 4),
+        ("colocated=2xtp1pp1:vllm", 2),
+        ("colocated=2xtp1:chunk512", 2),
+        ("colocated=2xtp1pp2:mii", 4),
+        ("prefill=1xtp2,prefill=1xtp1,decode=2xtp1,decode=1xtp2pp2", 9),
+    ],
+)
+def test_every_kind_of_instance_is_simulated(shape: str, gpus: int) -> None:
+    found = answer("simulate", "--shape", shape, *TARGET, *SHORT)
+    assert found["gpus"] == gpus
+    assert 0.5 < found["attainment"] <= 1
+    moved = found["breakdown"]["transfer"] > 0
+    assert moved == (not shape.startswith("colocated"))
+
+
+def test_vllm_lets_decode_wait_for_prompts_and_chunks_do_not() -> None:
+    flood = ("--lengths", "longbench", "--rate", 2, "--duration", "120s")
+    whole, cut = (
+        answer("simulate", "--shape", f"colocated=1xtp2:{how}", *TARGET, *flood)
+        for how in ("vllm", "chunk256")
+    )
+    assert whole["tpot"]["p99"] > 1.3 * cut["tpot"]["p99"]
+    assert whole["ttft"]["p50"] < cut["ttft"]["p50"]
+
+
+def test_a_plan_is_simulated_replayed_and_compared_with_its_own_shape(tmp_path: Path) -> None:
+    plan, sent = tmp_path / "plan.json", steady(tmp_path / "t.csv")
+    cluster(tmp_path / "c.yaml", dgx(1))
+    file = manifest(tmp_path / "cr.json")
+    made = run("plan", "-f", file, "--nodes", tmp_path / "c.yaml", "--algorithm", "high", "-o", "json")
+    plan.write_text(made.stdout)
+    found = json.loads(made.stdout)
+    promise = {"--model": found["setting"]["model"], "--gpu": found["setting"]["gpu"]}
+    promise |= {f"--{k}": f"{found['setting'][k]}s" for k in ("ttft", "tpot")}
+    shape = ",".join(f"{r['role']}={r['count']}xtp{r['tp']}pp{r['pp']}" for r in found["roles"])
+    options = [x for pair in promise.items() for x in pair]
+    both = answer("compare", plan, "--shape", shape, *options, "--trace", sent)["compared"]
+    assert (both[0]["name"], both[0]["gpus"]) == ("plan", found["gpus"])
+    assert both[0]["digest"] == both[1]["digest"], "a plan and its shape are one deployment"
+    alone = answer("simulate", "--plan", plan, "--trace", sent)
+    assert alone["digest"] == both[0]["digest"]
+    assert answer("simulate", "--plan", plan, "--trace", sent, "--ttft", "1ms")["attainment"] == 0
+    windows = answer("replay", "--plan", plan, "--trace", sent, "--window", "10s")["windows"]
+    assert [w["requests"] for w in windows] == [40] * 5
+    assert run("simulate", "--plan", plan, "--trace", sent, "--model", "a/b").returncode == 2
+    plan.write_text("{}")
+    broken = run("simulate", "--plan", plan, "--trace", sent)
+    assert (broken.returncode, "disaggserve plan -o json" in broken.stderr) == (1, True)
+
+
+def test_the_digest_is_the_same_in_another_process() -> None:
+    args = ("simulate", "--shape", SHAPE, *TARGET, *SHORT, "-o", "json")
+    command = [sys.executable, "-m", "disaggserve.cli", *map(str, args)]
+    other = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert other.stdout == run(*args).stdout
 
 
 SIMULATE = ("simulate", "--shape", SHAPE, *TARGET)

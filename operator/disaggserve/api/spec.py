@@ -134,7 +134,7 @@ class Model(ApiModel):
     )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         default="auto",
-        description="Type of weights and activations; auto is what the checkpoint says. Example: bfloat16.",
+        description="Type of weights and activations; auto is what the checkpoint says. float32 comes later and is refused. Example: bfloat16.",
     )
     kv_dtype: Literal["auto", "fp8"] = Field(
         default="auto",
@@ -151,6 +151,12 @@ class Model(ApiModel):
             "self.kvDtype != 'fp8'",
             "fp8 KV is not carried out by this release; write auto",
             lambda s: s.kv_dtype != "fp8",
+        ),
+        _later(
+            "dtype",
+            "self.dtype != 'float32'",
+            "float32 is not planned for by this release; write auto, float16 or bfloat16",
+            lambda s: s.dtype != "float32",
         ),
         Rule(
             "!has(self.config) || self.config.trim().startsWith('{')",
@@ -334,13 +340,19 @@ class PodSpec(ApiModel):
     """What a platform team may set on the pods; the operator owns the rest."""
 
     tolerations: tuple[Toleration, ...] = Field(
-        default=(), max_length=16, description="Taints that the pods tolerate, beside nvidia.com/gpu."
+        default=(),
+        max_length=16,
+        description="Taints that the pods tolerate, beside nvidia.com/gpu. Example: [{key: team, operator: Exists}].",
     )
     resources: Resources = Field(
         default_factory=Resources,
         description="CPU, memory, storage and RDMA of one pod; GPUs are the operator's.",
     )
-    env: tuple[EnvVar, ...] = Field(default=(), max_length=32, description="Environment variables.")
+    env: tuple[EnvVar, ...] = Field(
+        default=(),
+        max_length=32,
+        description='Environment variables. Example: [{name: HF_HUB_OFFLINE, value: "1"}].',
+    )
     annotations: Labels = Field(
         default_factory=dict, description="Annotations of the pods. Example: {team: search}."
     )
@@ -376,7 +388,7 @@ class EngineSpec(ApiModel):
     args: tuple[LongText, ...] = Field(
         default=(),
         max_length=32,
-        description='More arguments of the engine. Flags that the operator sets are refused by name. Example: [--max-batch, "64"].',
+        description='More arguments of the engine. Flags that the operator sets are refused by name. Example: [--kv-blocks, "4096"].',
     )
     pod: PodSpec = Field(default_factory=PodSpec, description="Parts of the worker pods.")
 
@@ -426,7 +438,8 @@ class ReplanSpec(ApiModel):
     )
     min_dwell: Duration = Field(default="10m", description="Shortest time between two plans. Example: 10m.")
     horizon: Duration = Field(
-        default="6h", description="Time over which a switch must pay for itself. Example: 6h."
+        default="6h",
+        description="Time over which a smaller plan must save more GPU time than the switch costs. Example: 6h.",
     )
     max_per_hour: int = Field(
         default=2, ge=1, le=60, description="Most new plans in an hour that traffic may cause. Example: 2."
@@ -487,7 +500,9 @@ class RouterSpec(ApiModel):
         default=1, ge=1, le=16, description="Routers; above 1 comes later and is refused. Example: 1."
     )
     image: LongText | None = Field(
-        default=None, min_length=1, description="Image of the router; the release's own when left out."
+        default=None,
+        min_length=1,
+        description="Image of the router; the release's own when left out. Example: example.com/disaggserve-router:0.1.0.",
     )
     pod: PodSpec = Field(default_factory=PodSpec, description="Parts of the router pods.")
 
@@ -505,7 +520,9 @@ class PinnedPlan(ApiModel):
     """A plan by hand: copy `status.plan.roles` here and change it."""
 
     roles: tuple[RolePlan, ...] = Field(
-        min_length=1, max_length=16, description="The shape of status.plan.roles; nodes may be left out."
+        min_length=1,
+        max_length=16,
+        description="The shape of status.plan.roles; nodes may be left out. Example: [{role: prefill, tp: 2, pp: 1, count: 1}, {role: decode, tp: 1, pp: 1, count: 2}].",
     )
 
     rules = (

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from disaggserve import __version__
+from disaggserve.api.errors import InvalidInput
 from disaggserve.cli import options
 from disaggserve.cli.options import Output
 
@@ -48,11 +49,14 @@ def plan(
     output: Annotated[
         Output, typer.Option("-o", "--output", help="table, json (shape of status.plan) or yaml.")
     ] = Output.table,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write a page that explains the plan into this folder.")
+    ] = None,
 ) -> None:
     """The operator's own plan, without a cluster."""
     from disaggserve.cli.plan import run
 
-    run(file, nodes, algorithm.value if algorithm else None, output.value)
+    run(file, nodes, algorithm.value if algorithm else None, output.value, report)
 
 
 @app.command()
@@ -166,6 +170,27 @@ def compare(
 
 
 @app.command()
+def fit(
+    measurements: Annotated[
+        Path,
+        typer.Argument(help="CSV with phase,batch,tokens,context_tokens,tp,pp,seconds; - is standard input."),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The profile to write.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="The model's id; without it the profile is for any.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="nvidia.com/gpu.product; without it the profile is for any.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="torch, vllm, sglang or distserve.")] = None,
+) -> None:
+    """Fits a profile of step times to measured steps, and says how far it is from them."""
+    from disaggserve.cli.fit import run
+
+    run(measurements, output, model, gpu, engine)
+
+
+@app.command()
 def validate(file: File) -> None:
     """Checks manifests as the API server does: one line per fault, exit code 1 if there is any."""
     from disaggserve.api import manifest
@@ -181,6 +206,23 @@ def crd() -> None:
     from disaggserve.api import crd as generator
 
     print(generator.text(), end="")
+
+
+@app.command("warm-up", hidden=True)
+def warm_up(
+    into: Annotated[
+        Path, typer.Option("--into", help="Folder for DISAGGSERVE_KERNELS to name when the image runs.")
+    ],
+) -> None:
+    """Compiles the simulator ahead, when an image is built: no process of it waits for a compiler."""
+    from disaggserve import simulate
+    from disaggserve.simulate import cache
+
+    simulate.warm_up()
+    try:
+        print(cache.keep(into))
+    except OSError as error:
+        raise InvalidInput(f"{into}: cannot be written ({error}); name a folder that can be") from None
 
 
 @app.command()

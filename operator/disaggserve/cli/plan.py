@@ -7,14 +7,14 @@ from pathlib import Path
 from disaggserve import plan
 from disaggserve.api.errors import InvalidInput
 from disaggserve.api.spec import PlannerSpec
-from disaggserve.cli import show
+from disaggserve.cli import report, show
 from disaggserve.cli.files import objects, one
 from disaggserve.cluster import searching
 
 _ALGORITHMS = {"distserve": "DistServe", "high": "HighAffinity", "low": "LowAffinity"}
 
 
-def run(file: Path, nodes: Path, algorithm: str | None, output: str) -> None:
+def run(file: Path, nodes: Path, algorithm: str | None, output: str, page: Path | None = None) -> None:
     spec = one(file).spec
     if algorithm:
         planner = PlannerSpec.model_validate({"algorithm": _ALGORITHMS[algorithm]})
@@ -30,3 +30,5 @@ def run(file: Path, nodes: Path, algorithm: str | None, output: str) -> None:
         show.plan(spec, draft)
     else:
         show.dump(draft.plan.model_dump(mode="json", exclude_none=True), output)
+    if page is not None:
+        report.write(page, spec, facts, draft, plan.expected(spec))

@@ -96,12 +96,18 @@ def deployment(
     )
     if not mixed:
         return pools
-    raise InvalidInput(
-        "this release does not simulate mixed and colocated instances; give prefill and decode"
+    alone = not wanted  # then the first token is made where the request stays
+    return dataclasses.replace(
+        pools,
+        mixed=mixed,
+        sticky=shapes[0].role == "colocated",
+        first_token_from="prefill" if alone else pools.first_token_from,
     )
 
 
 def _mixed(pool: Pool, shape: Shape) -> Pool:
     """vLLM batches whole prompts, before any decode step; a chunked step takes prompts in pieces beside decode."""
+    if shape.chunk is not None:
+        return dataclasses.replace(pool, batch_tokens=shape.chunk, policy="chunked")
     assert engines.VLLM.prefill_limit is not None
-    return dataclasses.replace(pool, batch_tokens=shape.chunk or engines.VLLM.prefill_limit)
+    return dataclasses.replace(pool, batch_tokens=engines.VLLM.prefill_limit)

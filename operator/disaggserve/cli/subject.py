@@ -46,7 +46,7 @@ class Subject:
 
     @property
     def latency_source(self) -> str:
-        pools = (*self.deployment.prefill, *self.deployment.decode)
+        pools = (*self.deployment.prefill, *self.deployment.mixed, *self.deployment.decode)
         return "; ".join(dict.fromkeys(p.times.provenance.describe() for p in pools))
 
 

@@ -20,6 +20,7 @@ from disaggserve.workload import Requests, Workload
 
 WARMUP_S = 60.0
 COOLDOWN_S = 15.0  # of requests after the judged ones, which would else decode on an emptying instance
+ENOUGH = 300  # requests of one run, for a goodput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +156,11 @@ def goodput(subject: Subject, traffic: Traffic, seeds: Sequence[int]) -> float:
     Raises `BadTrace` for a trace without a rate.
     """
     drawn = traffic.drawn or workload.from_trace(traffic.runs[0], "trace")
-    end_s = WARMUP_S + traffic.end_s - traffic.begin_s
+    duration_s = traffic.end_s - traffic.begin_s
 
     def attain(rate: float) -> float:
+        # At a low rate it takes longer to see enough of them.
+        end_s = WARMUP_S + max(duration_s, min(ENOUGH / rate, 3600.0))
         at = dataclasses.replace(drawn, rate=rate)
         runs = [
             (r, simulate.run(subject.deployment, r))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from disaggserve import drift, hardware, plan
 from disaggserve.api.plan import Commit, Search, Slot
 from disaggserve.api.spec import Spec
-from disaggserve.cluster.client import Json
 from disaggserve.cluster.clock import WallClock
+from disaggserve.hardware import Json
 from disaggserve.workload import Workload
 
 

@@ -2,7 +2,7 @@
 
 from disaggserve.search.packing import Group, NoRoom, Standing, pack, pack_pairs
 from disaggserve.search.place import place
-from disaggserve.search.predicting import deployment, kv_link, pool, predict
+from disaggserve.search.predicting import deployment, kv_link, observe, pool, predict
 from disaggserve.search.problem import Placement, Problem, Progress, Rejected, Shape
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Standing",
     "deployment",
     "kv_link",
+    "observe",
     "pack",
     "pack_pairs",
     "place",

@@ -40,7 +40,8 @@ def place(problem: Problem, progress: Progress | None = None) -> Placement:
     Memory, TTFT, TPOT, GPUs, Engine, Nodes or Affinity.
     """
     tell = progress or (lambda what, done, of: None)
-    if reason := engines.refuse_architecture(problem.engine, problem.model.architecture):
+    model = problem.model
+    if reason := engines.refuse_architecture(problem.engine, model.architecture, model.quantised):
         raise Infeasible("Engine", reason)
     products = _by_product(problem.inventory)
     if not products:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,14 +44,17 @@ class Prediction:
     requests: int
 
 
-class Parts(NamedTuple):
-    """Where the time of each request goes, in order, seconds."""
+T = TypeVar("T")
 
-    queue: npt.NDArray[np.float64]
-    prefill: npt.NDArray[np.float64]
-    transfer: npt.NDArray[np.float64]
-    decode_wait: npt.NDArray[np.float64]
-    decode: npt.NDArray[np.float64]
+
+class Parts(NamedTuple, Generic[T]):
+    """Where the time of a request goes, in order, seconds."""
+
+    queue: T
+    prefill: T
+    transfer: T
+    decode_wait: T
+    decode: T
 
 
 def kept(requests: Requests, outcome: Outcome, promise: Promise) -> npt.NDArray[np.bool_]:
@@ -65,7 +68,7 @@ def kept(requests: Requests, outcome: Outcome, promise: Promise) -> npt.NDArray[
     return met & (outcome.last_ns >= 0)
 
 
-def parts(deployment: Deployment, requests: Requests, outcome: Outcome) -> Parts:
+def parts(deployment: Deployment, requests: Requests, outcome: Outcome) -> Parts[npt.NDArray[np.float64]]:
     """Where the time of each completed request went; the parts add up to last token − arrival.
 
     The transfer is the request's own time on the link; waiting for the link, for memory at decode and for a
@@ -75,10 +78,12 @@ def parts(deployment: Deployment, requests: Requests, outcome: Outcome) -> Parts
     done = outcome.last_ns >= 0
     arrival = requests.arrival_ns[done] / 1e9
     start, first, moved, begun, last = (t[done] / 1e9 for t in _times(outcome))
-    stayed = outcome.transfer_end_ns[done] < 0  # ended with its prefill, or decoded where it was prefilled
+    unmoved = outcome.transfer_end_ns[done] < 0  # it ended with its prefill
     kv_s = requests.input[done] * (deployment.kv_bytes_per_token / deployment.link_bytes_s)
-    transfer = np.where(stayed, 0.0, deployment.link_latency_s + kv_s)
-    ended = np.where(stayed | (first <= moved), first, moved - transfer)
+    own = deployment.link_latency_s + kv_s
+    ended = np.where(unmoved | (first <= moved), first, moved - own)
+    # Decoded where it was prefilled, or moved while the prefill ran: no more than the time between.
+    transfer = np.where(unmoved, 0.0, np.minimum(own, moved - ended))
     decoded_from = np.where(outcome.decode_start_ns[done] < 0, ended, np.maximum(begun, ended + transfer))
     return Parts(
         start - arrival, ended - start, transfer, decoded_from - ended - transfer, last - decoded_from
