@@ -28,7 +28,7 @@ import pytest
 from e2e.controlplane import ControlPlane, ensure
 from e2e.controlplane.polling import wait_until
 from e2e.controlplane.ports import free_ports
-from tests.integration.bench import CHAT, ROOT, prepare
+from tests.integration.bench import CHAT, ROOT, add_nodes
 
 _LIBC = ctypes.CDLL(None)
 
@@ -192,15 +192,22 @@ def alive(pid: int) -> bool:
 def test_the_operator_plans_without_a_compiler_and_survives_its_search_process(
     image: Image, kernels: Path, tmp_path: Path
 ) -> None:
+    """As the chart's service account, with rights to one namespace."""
     before = image.files()
     with ControlPlane(tmp_path / "plane", ensure(), node_monitor_grace_period="1h") as plane:
-        prepare(plane, {"gpu-0": 8, "gpu-1": 8})
+        plane.helm(
+            "install", "disaggserve", str(ROOT / "charts/disaggserve"), "--set", "watchNamespaces={default}"
+        )
+        add_nodes(plane, {"gpu-0": 8, "gpu-1": 8})
+        plane.kubectl("create", "namespace", "other")
+        groups = ("system:serviceaccounts", "system:serviceaccounts:default", "system:authenticated")
+        account = plane.user_kubeconfig("system:serviceaccount:default:disaggserve-operator", groups)
         port = free_ports(1, "127.0.0.1")[0]
         operator = image.start(
-            *("-m", "disaggserve.cli", "operator", "--health-port", str(port)),
+            *("-m", "disaggserve.cli", "operator", "--watch", "default", "--health-port", str(port)),
             REFUSED=missing("operator"),
             DISAGGSERVE_KERNELS=str(kernels),
-            KUBECONFIG=str(plane.kubeconfig),
+            KUBECONFIG=str(account),
             COMPILED=str(image.temp / "compiled"),
             POD_IP="127.0.0.1",
             POD_NAMESPACE="default",
@@ -217,7 +224,9 @@ def test_the_operator_plans_without_a_compiler_and_survives_its_search_process(
             said = get(url + "/readyz")
             wait_until(lambda: get(url + "/readyz")[0] == 200, "the search process to be warm", timeout_s=60)
             assert said[0] == 200 or said[1].startswith("warming"), said
-            plane.kubectl("apply", "-f", "-", input=json.dumps(CHAT))
+            elsewhere = {**CHAT, "metadata": {"name": "chat", "namespace": "other"}}
+            for body in (elsewhere, CHAT):
+                plane.kubectl("apply", "-f", "-", input=json.dumps(body))
             wait_until(lambda: revision(1), "a plan", timeout_s=60)
 
             for process in children(operator.pid):
@@ -228,6 +237,8 @@ def test_the_operator_plans_without_a_compiler_and_survives_its_search_process(
             }
             plane.kubectl("apply", "-f", "-", input=json.dumps(changed))
             wait_until(lambda: revision(2), "a plan from the next search process", timeout_s=60)
+
+            assert plane.kubectl("get", "dsv", "-n", "other", "-o", "jsonpath={.items[0].status}") == ""
 
             searching = children(operator.pid)
             assert searching

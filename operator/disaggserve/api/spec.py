@@ -340,13 +340,19 @@ class PodSpec(ApiModel):
     """What a platform team may set on the pods; the operator owns the rest."""
 
     tolerations: tuple[Toleration, ...] = Field(
-        default=(), max_length=16, description="Taints that the pods tolerate, beside nvidia.com/gpu."
+        default=(),
+        max_length=16,
+        description="Taints that the pods tolerate, beside nvidia.com/gpu. Example: [{key: team, operator: Exists}].",
     )
     resources: Resources = Field(
         default_factory=Resources,
         description="CPU, memory, storage and RDMA of one pod; GPUs are the operator's.",
     )
-    env: tuple[EnvVar, ...] = Field(default=(), max_length=32, description="Environment variables.")
+    env: tuple[EnvVar, ...] = Field(
+        default=(),
+        max_length=32,
+        description='Environment variables. Example: [{name: HF_HUB_OFFLINE, value: "1"}].',
+    )
     annotations: Labels = Field(
         default_factory=dict, description="Annotations of the pods. Example: {team: search}."
     )
@@ -494,7 +500,9 @@ class RouterSpec(ApiModel):
         default=1, ge=1, le=16, description="Routers; above 1 comes later and is refused. Example: 1."
     )
     image: LongText | None = Field(
-        default=None, min_length=1, description="Image of the router; the release's own when left out."
+        default=None,
+        min_length=1,
+        description="Image of the router; the release's own when left out. Example: example.com/disaggserve-router:0.1.0.",
     )
     pod: PodSpec = Field(default_factory=PodSpec, description="Parts of the router pods.")
 
@@ -512,7 +520,9 @@ class PinnedPlan(ApiModel):
     """A plan by hand: copy `status.plan.roles` here and change it."""
 
     roles: tuple[RolePlan, ...] = Field(
-        min_length=1, max_length=16, description="The shape of status.plan.roles; nodes may be left out."
+        min_length=1,
+        max_length=16,
+        description="The shape of status.plan.roles; nodes may be left out. Example: [{role: prefill, tp: 2, pp: 1, count: 1}, {role: decode, tp: 1, pp: 1, count: 2}].",
     )
 
     rules = (
