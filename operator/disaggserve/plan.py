@@ -6,9 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
-from disaggserve import catalogue, engines, hardware, search, simulate
+from disaggserve import catalogue, engines, hardware, latency, search, simulate
 from disaggserve import workload as workloads
 from disaggserve.api.errors import Fault, Infeasible, InvalidInput, InvalidManifest
 from disaggserve.api.model import seconds
@@ -30,6 +30,7 @@ from disaggserve.api.plan import (
     words,
 )
 from disaggserve.api.spec import PodSpec, Spec
+from disaggserve.search import published
 from disaggserve.workload import Workload
 
 Json = Mapping[str, Any]
@@ -72,6 +73,19 @@ class Facts:
         return digest(
             [nodes, pods, sorted(map(str, self.own.values())), sorted(self.excluded), self.not_ready]
         )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a search is asked beside the spec. `objective`: the fewest GPUs (or the lowest cost) for the rate, or the highest
+    goodput per GPU of the GPUs at hand. `any_engine`: the best of all engines, and what the spec's own costs.
+    `as_published`: the search of DistServe's public code, to a resolution in req/s per GPU."""
+
+    profile: latency.Profile | None = None
+    objective: Literal["gpus", "goodput"] = "gpus"
+    any_engine: bool = False
+    as_published: bool = False
+    resolution: float = 0.25
 
 
 @dataclass(frozen=True)
@@ -219,12 +233,20 @@ def free_gpus(spec: Spec, facts: Facts) -> dict[str, int]:
 # ---- the plan
 
 
-def draft(spec: Spec, facts: Facts, workload: Workload | None = None, previous: Sequence[Slot] = ()) -> Draft:
+def draft(
+    spec: Spec,
+    facts: Facts,
+    workload: Workload | None = None,
+    previous: Sequence[Slot] = (),
+    options: Options = Options(),
+) -> Draft:
     """The plan for the spec on these nodes, for `workload` or the spec's own guess.
 
     Placed beside what stands where GPUs allow it, so that nothing need go before its successor serves; else in its place.
     Raises Infeasible with the limit that binds, InvalidManifest where the spec is at fault.
     """
+    if options.as_published:
+        _check_published(spec, options)
     workload = workload or expected(spec)
     key, made = pairing_key(spec), template(spec)
     stays = [s for s in facts.own.values() if (s.pairing_key, s.template) == (key, made)]
@@ -239,7 +261,9 @@ def draft(spec: Spec, facts: Facts, workload: Workload | None = None, previous: 
         )
         try:
             found = (
-                _by_hand(spec, nodes, keep, workload) if spec.plan else _searched(spec, nodes, keep, workload)
+                _by_hand(spec, nodes, keep, workload)
+                if spec.plan
+                else _searched(spec, nodes, keep, workload, options)
             )
         except Infeasible:
             if n or not facts.own:
@@ -255,25 +279,42 @@ def draft(spec: Spec, facts: Facts, workload: Workload | None = None, previous: 
     return Draft(plan, instances, _refusal(spec, plan, nodes))
 
 
+def _check_published(spec: Spec, options: Options) -> None:
+    """Raises InvalidInput for what the search of the public code does not know."""
+    if spec.plan is not None:
+        raise InvalidInput("--as-published searches for a plan, and spec.plan has one by hand; take it out")
+    if spec.planner.algorithm == "Joint":
+        raise InvalidInput("--as-published knows no joint search; add --algorithm distserve, high or low")
+    if options.objective != "goodput":
+        raise InvalidInput("--as-published finds the highest goodput and plans for no rate; add --rate max")
+
+
 def _searched(
-    spec: Spec, nodes: hardware.Inventory, keep: tuple[search.Standing, ...], workload: Workload
+    spec: Spec,
+    nodes: hardware.Inventory,
+    keep: tuple[search.Standing, ...],
+    workload: Workload,
+    options: Options,
 ) -> tuple[Plan, tuple[search.Group, ...], hardware.Inventory]:
     algorithm = spec.planner.algorithm
     assert algorithm != "Joint", "refused by a rule of the spec"
-    placement = search.place(
-        search.Problem(
-            model=model(spec),
-            promise=promise(spec),
-            workload=workload,
-            inventory=nodes,
-            engine=engines.engine(spec.engine.type),
-            algorithm=algorithm,
-            affinity=spec.hardware.affinity,
-            max_gpus=spec.hardware.max_gpus,
-            max_nodes_per_instance=spec.hardware.max_nodes_per_instance,
-            keep=keep,
-        )
+    problem = search.Problem(
+        model=model(spec),
+        promise=promise(spec),
+        workload=workload,
+        inventory=nodes,
+        engine=engines.engine(spec.engine.type),
+        algorithm=algorithm,
+        affinity=spec.hardware.affinity,
+        max_gpus=spec.hardware.max_gpus,
+        max_nodes_per_instance=spec.hardware.max_nodes_per_instance,
+        keep=keep,
     )
+    if options.as_published:
+        placement = published.place(problem, options.profile or latency.shipped_profile(), options.resolution)
+        workload = replace(workload, rate=placement.goodput)
+    else:
+        placement = search.place(problem)
     plan = Plan(
         algorithm=placement.algorithm,
         affinity=placement.affinity,
@@ -402,9 +443,12 @@ def predict(plan: Plan, workload: Workload) -> Prediction:
     return _prediction(search.predict(deployment, workload, promised))
 
 
-def warm_up() -> None:
+def warm_up(options: Options = Options()) -> None:
     """Loads the compiled kernels of this process, so that what is timed afterwards is the search."""
-    simulate.warm_up()
+    if options.as_published:
+        published.warm_up()
+    else:
+        simulate.warm_up()
 
 
 def promise(spec: Spec) -> simulate.Promise:
@@ -522,6 +566,8 @@ def _refusal(spec: Spec, plan: Plan, nodes: hardware.Inventory) -> str | None:
     reason = engines.refuse_args(engine, spec.engine.args)
     reason = reason or engines.refuse_architecture(engine, model(spec).architecture)
     for role in plan.roles:
+        if not role.nodes:
+            return f"no node holds {role.role} {role.words()} as the plan means it"
         there = all(simulated.get(n.name, False) for n in role.nodes)
         reason = reason or engines.refuse_start(
             engine, role.tp, role.pp, plan.algorithm == "LowAffinity", there

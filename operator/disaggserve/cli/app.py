@@ -49,14 +49,36 @@ def plan(
         Algorithm | None,
         typer.Option("--algorithm", help="Replaces planner.algorithm.", case_sensitive=False),
     ] = None,
+    as_published: Annotated[
+        bool,
+        typer.Option("--as-published", help="The search of DistServe's public code, with --rate max."),
+    ] = False,
+    resolution: Annotated[
+        float | None,
+        typer.Option(help="Of --as-published: req/s per GPU.", show_default="0.25"),
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Step times: DistServe's JSON. Default: the shipped ones.")
+    ] = None,
+    lengths: Annotated[
+        Path | None, typer.Option(help="CSV with input_tokens,output_tokens. Replaces workload.lengths.")
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(help="Requests/s, or max: the highest goodput per GPU. Replaces workload.rate."),
+    ] = None,
+    max_gpus: Annotated[int | None, typer.Option(help="Replaces hardware.maxGPUs.", min=1)] = None,
     output: Annotated[
         Output, typer.Option("-o", "--output", help="table, json (shape of status.plan) or yaml.")
     ] = Output.table,
 ) -> None:
     """The operator's own plan, without a cluster."""
-    from disaggserve.cli.plan import run
+    from disaggserve.cli.plan import Changes, run
 
-    run(file, nodes, algorithm.value if algorithm else None, output.value)
+    changes = Changes(
+        algorithm.value if algorithm else None, as_published, resolution, profile, lengths, rate, max_gpus
+    )
+    run(file, nodes, changes, output.value)
 
 
 @app.command()
