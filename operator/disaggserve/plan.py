@@ -31,6 +31,7 @@ from disaggserve.api.plan import (
     words,
 )
 from disaggserve.api.spec import PodSpec, Spec
+from disaggserve.search import published
 from disaggserve.workload import Workload
 
 Json = Mapping[str, Any]
@@ -78,7 +79,8 @@ class Facts:
 @dataclass(frozen=True)
 class Options:
     """What a search is asked beside the spec. `objective`: the fewest GPUs (or the lowest cost) for the rate, or the highest
-    goodput per GPU of the GPUs at hand. `any_engine`: the best of all engines, and what the spec's own costs."""
+    goodput per GPU of the GPUs at hand. `any_engine`: the best of all engines, and what the spec's own costs.
+    `as_published`: the search of DistServe's public code, to a resolution in req/s per GPU."""
 
     profile: latency.Profile | None = None
     objective: Literal["gpus", "goodput"] = "gpus"
@@ -247,6 +249,8 @@ def draft(
     Placed beside what stands where GPUs allow it, so that nothing need go before its successor serves; else in its place.
     Raises Infeasible with the limit that binds, InvalidManifest where the spec is at fault.
     """
+    if options.as_published:
+        _check_published(spec, options)
     workload = workload or expected(spec)
     key, made = pairing_key(spec), template(spec)
     stays = [s for s in facts.own.values() if (s.pairing_key, s.template) == (key, made)]
@@ -282,6 +286,16 @@ def draft(
 _Found = tuple[Plan, tuple[search.Group, ...], hardware.Inventory]
 
 
+def _check_published(spec: Spec, options: Options) -> None:
+    """Raises InvalidInput for what the search of the public code does not know."""
+    if spec.plan is not None:
+        raise InvalidInput("--as-published searches for a plan, and spec.plan has one by hand; take it out")
+    if spec.planner.algorithm == "Joint":
+        raise InvalidInput("--as-published knows no joint search; add --algorithm distserve, high or low")
+    if options.objective != "goodput":
+        raise InvalidInput("--as-published finds the highest goodput and plans for no rate; add --rate max")
+
+
 def _searched(
     spec: Spec,
     nodes: hardware.Inventory,
@@ -308,7 +322,8 @@ def _searched(
     engine = own
     if options.as_published:
         profile = options.profile or latency.shipped_profile()
-        placement = search.published.place(problem, profile, options.resolution)
+        placement = published.place(problem, profile, options.resolution)
+        workload = replace(workload, rate=placement.goodput)
     elif options.any_engine:
         engine, placement = _any_engine(problem)
     else:
@@ -525,9 +540,12 @@ def predict(plan: Plan, workload: Workload) -> Prediction:
     return _prediction(search.predict(deployment, workload, promised))
 
 
-def warm_up() -> None:
+def warm_up(options: Options = DEFAULT) -> None:
     """Loads the compiled kernels of this process, so that what is timed afterwards is the search."""
-    simulate.warm_up()
+    if options.as_published:
+        published.warm_up()
+    else:
+        simulate.warm_up()
 
 
 def promise(spec: Spec) -> simulate.Promise:
@@ -659,6 +677,8 @@ def _refusal(spec: Spec, plan: Plan, nodes: hardware.Inventory) -> str | None:
     known = model(spec)
     reason = reason or engines.refuse_architecture(engine, known.architecture, known.quantised)
     for role in plan.roles:
+        if not role.nodes:
+            return f"no node holds {role.role} {role.words()} as the plan means it"
         there = all(simulated.get(n.name, False) for n in role.nodes)
         reason = reason or engines.refuse_start(engine, role.tp, role.pp, plan.paired, there)
     return reason

@@ -80,8 +80,9 @@ def plan(
         bool, typer.Option("--as-published", help="The search of DistServe's public code, to reproduce it.")
     ] = False,
     resolution: Annotated[
-        float, typer.Option(help="With --as-published: where its bisection ends, req/s per GPU.")
-    ] = 0.25,
+        float | None,
+        typer.Option(help="With --as-published: where its bisection ends, req/s per GPU.", show_default="0.25"),
+    ] = None,
     output: Annotated[
         Output, typer.Option("-o", "--output", help="table, json (shape of status.plan) or yaml.")
     ] = Output.table,

@@ -20,7 +20,7 @@ def draft(
     options: plan.Options = plan.DEFAULT,
 ) -> plan.Draft:
     """`plan.draft` with what it took. Raises Infeasible and other DisaggServeErrors."""
-    plan.warm_up()
+    plan.warm_up(options)
     clock = WallClock()
     began_s, cpu_s = clock.monotonic_s(), clock.cpu_s()
     found = plan.draft(spec, facts, workload, previous, options)
