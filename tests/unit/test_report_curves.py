@@ -40,7 +40,7 @@ def test_the_parts_of_a_request_are_its_whole_time(engine: str) -> None:
 
 
 def test_goodput_by_promise_is_where_attainment_falls_through_the_target() -> None:
-    curve = curves._curve(curves.Candidate("chosen", "", 3, deployment(), ""), CHAT, PROMISE)
+    curve = curves._curve(curves.Candidate("chosen", "", 3, deployment(), 1, ""), CHAT, PROMISE)
     assert list(curve.goodputs) == sorted(curve.goodputs), "a looser promise never lowers goodput"
     goodput = curve.goodputs[curves.SCALES.index(1.0)]
     below, above = (
@@ -53,5 +53,7 @@ def test_goodput_by_promise_is_where_attainment_falls_through_the_target() -> No
 
 
 def test_a_promise_that_is_never_kept_has_no_goodput() -> None:
-    curve = curves._curve(curves.Candidate("chosen", "", 3, deployment(), ""), CHAT, Promise(0.001, 0.1, 0.9))
+    curve = curves._curve(
+        curves.Candidate("chosen", "", 3, deployment(), 1, ""), CHAT, Promise(0.001, 0.1, 0.9)
+    )
     assert set(curve.goodputs) == {0.0}

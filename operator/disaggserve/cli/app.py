@@ -79,6 +79,27 @@ def simulate(
 
 
 @app.command()
+def fit(
+    measurements: Annotated[
+        Path,
+        typer.Argument(help="CSV with phase,batch,tokens,context_tokens,tp,pp,seconds; - is standard input."),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The profile to write.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="The model's id; without it the profile is for any.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="nvidia.com/gpu.product; without it the profile is for any.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="torch, vllm, sglang or distserve.")] = None,
+) -> None:
+    """Fits a profile of step times to measured steps, and says how far it is from them."""
+    from disaggserve.cli.fit import run
+
+    run(measurements, output, model, gpu, engine)
+
+
+@app.command()
 def validate(file: File) -> None:
     """Checks manifests as the API server does: one line per fault, exit code 1 if there is any."""
     from disaggserve.api import manifest

@@ -3,7 +3,7 @@
 Three sources in order of trust (DESIGN, *How it decides*): fitted to measurements of this engine (`fitting`), a
 shipped profile (DistServe's fits of OPT on A100-80G), a roofline with efficiency by shape. Every `StepTimes` says
 which one it is. Beside this module: `steps` (the tables), `profiles` and their file format `records`, `roofline`,
-`physics` (what no step may beat), `sources` (which of the three answers), `errors`.
+`physics` (what no step may beat), `sources` (which of the three answers), `measurements` and `fitting`, `errors`.
 """
 
 from __future__ import annotations

@@ -24,6 +24,20 @@ Triple = tuple[float, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
+class Range:
+    """What a fit was made from, least and most, and how far it is off from its own rows at most (share)."""
+
+    tokens: tuple[int, int]  # of a prefill
+    batch: tuple[int, int]  # of a decode step
+    context: tuple[int, int]  # Σ of a decode step
+    prefill_off: float = 0.0
+    decode_off: float = 0.0
+
+
+EVERYTHING = Range((0, 10**9), (0, 10**9), (0, 10**12))
+
+
+@dataclasses.dataclass(frozen=True)
 class Fit:
     """One (model, tp) of a profile, in ms of a whole pass, of which each of pp stages takes its share (REFERENCE § 1)."""
 
@@ -35,8 +49,8 @@ class Fit:
     pps: tuple[int, ...] = (1,)  # that were measured
     stage_ms: float = 0.0  # × pp is added to each prefill stage (DistServe's hand-over)
     hop_ms: Triple = (0.0, 0.0, 0.0)  # × (pp − 1) is added to a whole prefill, small and large decode
-    from_tokens: int = 0  # below, a prefill takes as long as here: fewer were not measured
-    from_batch: int = 0  # the same of a decode step
+    flat_to: int = 0  # tokens below which a prefill takes no less, but for its squares
+    range: Range | None = None  # None: not said. Below it a step takes as long as at its lower end
 
     def tables(self, pp: int) -> Tables:
         """The tables of one of pp stages.
@@ -45,11 +59,11 @@ class Fit:
         own overhead, which only its reproduction adds (REFERENCE § 1).
         """
         a, b, c = self.prefill
-        least = self.from_tokens
+        least = max(self.flat_to, self.range.tokens[0] if self.range else 0)
         knots = np.array([0, least, least + 8192] if least else [0, 8192], dtype=np.int64)
         whole = a + self.hop_ms[0] * (pp - 1) + b * np.maximum(knots, least)
         prefill = (whole / pp + self.stage_ms * pp) * 1e6
-        batch = np.maximum(np.arange(MAX_BATCH + 1), self.from_batch)
+        batch = np.maximum(np.arange(MAX_BATCH + 1), self.range.batch[0] if self.range else 0)
         small = batch < self.threshold
 
         def regime(i: int) -> Floats:
@@ -143,18 +157,27 @@ def _own(fit: Any) -> Fit:
     def triple(base: float, slope: float, other: float) -> Triple:
         return base * 1e3, slope * 1e3, other * 1e3
 
-    p, small = fit.prefill, fit.decode.small
-    large = fit.decode.large or small
+    def span(of: Any) -> tuple[int, int]:
+        return of.least, of.most
+
+    p, d = fit.prefill, fit.decode
+    small, large = d.small, d.large or d.small
     return Fit(
         triple(p.base_seconds, p.seconds_per_token, p.seconds_per_squared_token),
         triple(small.base_seconds, small.seconds_per_context_token, small.seconds_per_request),
         triple(large.base_seconds, large.seconds_per_context_token, large.seconds_per_request),
-        fit.decode.large_from_batch or MAX_BATCH + 1,
+        d.large_from_batch or MAX_BATCH + 1,
         measured=True,
         pps=tuple(sorted(fit.pp)),
         hop_ms=triple(p.seconds_per_hop, small.seconds_per_hop, large.seconds_per_hop),
-        from_tokens=p.evidence.tokens.least,
-        from_batch=fit.decode.evidence.batch.least,
+        flat_to=p.flat_to_tokens or 0,
+        range=Range(
+            span(p.evidence.tokens),
+            span(d.evidence.batch),
+            span(d.evidence.context_tokens),
+            p.evidence.residuals.max,
+            d.evidence.residuals.max,
+        ),
     )
 
 

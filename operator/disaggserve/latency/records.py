@@ -41,12 +41,13 @@ class Evidence(ApiModel):
 
 
 class Prefill(ApiModel):
-    """A whole prefill: base + perToken·Σlen + perSquaredToken·Σlen² + perHop·(pp − 1)."""
+    """A whole prefill: base + perToken·max(Σlen, flatTo) + perSquaredToken·Σlen² + perHop·(pp − 1)."""
 
     base_seconds: Coefficient
     seconds_per_token: Coefficient
     seconds_per_squared_token: Coefficient
     seconds_per_hop: Coefficient
+    flat_to_tokens: Positive | None = None
     evidence: Evidence
 
 
@@ -115,10 +116,15 @@ def read(value: object) -> Document:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "document"
         raise ValueError(f"{field}: {first['msg'].lower()}") from None
-    for name, seen in (("tp", [f.tp for f in found.fits]),):
-        if len(set(seen)) < len(seen):
-            raise ValueError(f"fits: the same {name} stands twice")
+    if len({f.tp for f in found.fits}) < len(found.fits):
+        raise ValueError("fits: the same tp stands twice")
     for i, fit in enumerate(found.fits):
+        for phase, evidence in (("prefill", fit.prefill.evidence), ("decode", fit.decode.evidence)):
+            for span in (evidence.tokens, evidence.batch, evidence.context_tokens):
+                if span.least > span.most:
+                    raise ValueError(
+                        f"fits.{i}.{phase}.evidence: least {span.least} is more than most {span.most}"
+                    )
         if (fit.decode.large is None) != (fit.decode.large_from_batch is None):
             raise ValueError(f"fits.{i}.decode: large and largeFromBatch go together")
     return found

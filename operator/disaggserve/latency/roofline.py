@@ -30,7 +30,7 @@ _STEP_S = 1e-3
 _LAYER_KERNELS_S = 10e-6
 _ACTIVATION_PASSES = 10
 _STREAM_EFFICIENCY = 0.8
-_HOP_S = 20e-6
+HOP_S = 20e-6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ def _layers_s(model: Model, gpu: GPU, tp: int, pp: int, rows: Floats) -> Floats:
         + _LAYER_KERNELS_S
         + 2 * _ACTIVATION_PASSES * activations / (_STREAM_EFFICIENCY * gpu.bandwidth_bytes_s)
     )
-    hop = _HOP_S + activations / gpu.peer_bytes_s if pp > 1 else 0.0
+    hop = HOP_S + activations / gpu.peer_bytes_s if pp > 1 else 0.0
     seconds: Floats = layer * (model.layers / pp) + hop
     return seconds
 

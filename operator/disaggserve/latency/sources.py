@@ -48,7 +48,7 @@ def _step_times(model: Model, gpu: GPU, tp: int, pp: int, profile: Profile | Non
         said = Provenance(
             profile.source, f"{profile.name}, {gpu.short}, tp {','.join(map(str, measured))}", measured=True
         )
-        times = StepTimes(*profile.fit(model, tp).tables(pp), pp, said)
+        times = fitted(model, gpu, tp, pp, profile, said)
     else:
         near = min(measured, key=lambda m: (abs(math.log2(m / tp)), m))
         times = scaled(model, gpu, tp, pp, profile, near)
@@ -56,10 +56,26 @@ def _step_times(model: Model, gpu: GPU, tp: int, pp: int, profile: Profile | Non
     return times
 
 
+def fitted(model: Model, gpu: GPU, tp: int, pp: int, profile: Profile, said: Provenance) -> StepTimes:
+    """A profile's own step times of a measured tp.
+
+    Of a fitted profile with a pp that was not measured, beside one stage that was, each stage ends with the
+    roofline's hop. Its range is checked against the hardware; beyond it no step is faster than the hardware.
+    """
+    fit = profile.fit(model, tp)
+    knots, prefill, quad, base, ctx = fit.tables(pp)
+    if fit.range is None:
+        return StepTimes(knots, prefill, quad, base, ctx, pp, said)
+    if pp > 1 and fit.pps == (1,):
+        prefill, base = prefill + roofline.HOP_S * 1e9, base + roofline.HOP_S * 1e9
+    physics.check(model, gpu, tp, pp, StepTimes(knots, prefill, quad, base, ctx, pp, said), fit.range)
+    return StepTimes(*physics.floored(model, gpu, tp, pp, (knots, prefill, quad, base, ctx)), pp, said)
+
+
 def scaled(model: Model, gpu: GPU, tp: int, pp: int, profile: Profile, near: int) -> StepTimes:
     """The roofline at tp × the mean ratio of profile and roofline at the nearest measured tp."""
     neutral = Provenance("roofline", "")
-    fit = StepTimes(*profile.fit(model, near).tables(1), 1, neutral)
+    fit = fitted(model, gpu, near, 1, profile, Provenance(profile.source, profile.name))
     roof = StepTimes(*roofline.tables(model, gpu, near, 1), 1, neutral)
 
     def mean(ratios: Iterable[float]) -> float:

@@ -177,6 +177,8 @@ def place(problem: Problem, profile: Profile, resolution: float = 0.25) -> Place
         )
     model, promise = problem.model, problem.promise
     known = tables(model, profile)
+    if profile.product is None:
+        raise InvalidInput(f"as published: {profile.name} does not say its GPU; fit it with --gpu")
     inventory = _of_product(problem.inventory, profile.product)
     affinity, reason = hardware.affinity(inventory, problem.affinity)
     high = affinity == "High" if problem.algorithm == "DistServe" else problem.algorithm == "HighAffinity"

@@ -20,7 +20,7 @@ from disaggserve.api.errors import Infeasible
 from disaggserve.api.plan import Plan
 from disaggserve.api.spec import Spec
 from disaggserve.latency import Provenance
-from disaggserve.simulate import Deployment, Outcome, Prediction, Promise
+from disaggserve.simulate import Deployment, Outcome, Pool, Prediction, Promise
 from disaggserve.workload import Requests, Workload
 
 Tell = Callable[[str, int, int], None]  # what is being done, how many of it are done, of how many
@@ -59,7 +59,8 @@ class Candidate:
     name: str
     words: str  # prefill 1×tp4, decode 1×tp2
     gpus: int
-    deployment: Deployment
+    deployment: Deployment  # of one copy
+    copies: int  # pairs of a low-affinity plan, each with its share of the requests
     why: str  # why it lost; empty for the chosen one
 
 
@@ -145,7 +146,7 @@ def collect(
         curves.append(_curve(candidate, workload, promise))
     tell("where the time goes", 0, 1)
     chosen = candidates[0].deployment
-    breakdown = _breakdown(chosen, workload)
+    breakdown = _breakdown(chosen, replace(workload, rate=workload.rate / candidates[0].copies))
     pools = chosen.prefill + chosen.decode
     return Report(
         promise=promise,
@@ -174,16 +175,34 @@ def _candidates(
         except Infeasible:
             continue
         if _shape(other) not in [_shape(draft.plan), *(c.words for c in found)]:
-            why = (
-                f"{other.gpus} GPUs, {other.goodput_per_gpu:.2f} req/s per GPU; "
-                f"the chosen plan takes {draft.plan.gpus}, {draft.plan.goodput_per_gpu:.2f}"
+            found.append(
+                _candidate(other, NAMES[algorithm], _lost(other, draft.plan, spec.planner.algorithm))
             )
-            found.append(_candidate(other, NAMES[algorithm], why))
     return found
 
 
+def _lost(other: Plan, chosen: Plan, asked: str) -> str:
+    """Why what another algorithm found is not the plan."""
+    what = f"takes {other.gpus} GPUs, the chosen {chosen.gpus}"
+    if other.gpus < chosen.gpus:
+        return f"{what}; it was not asked for: planner.algorithm is {asked}"
+    mine, theirs = chosen.goodput_per_gpu, other.goodput_per_gpu
+    return f"{what}; good for {theirs:.2f} req/s per GPU, the chosen for {mine:.2f}"
+
+
 def _candidate(plan: Plan, name: str, why: str) -> Candidate:
-    return Candidate(name, _shape(plan), plan.gpus, planning.replay(plan)[0], why)
+    deployment = planning.replay(plan)[0]
+    copies = math.gcd(*(r.count for r in plan.roles)) if plan.algorithm == "LowAffinity" else 1
+    return Candidate(name, _shape(plan), plan.gpus, _share(deployment, copies), copies, why)
+
+
+def _share(deployment: Deployment, copies: int) -> Deployment:
+    """One of so many equal parts of a deployment."""
+
+    def part(pools: tuple[Pool, ...]) -> tuple[Pool, ...]:
+        return tuple(replace(p, count=p.count // copies) for p in pools)
+
+    return replace(deployment, prefill=part(deployment.prefill), decode=part(deployment.decode))
 
 
 def _shape(plan: Plan) -> str:
@@ -203,10 +222,10 @@ def _planned(
 
 
 class _Ladder:
-    """One deployment at rates a fixed ratio apart, each simulated once for every promise asked of it."""
+    """One candidate at rates a fixed ratio apart, each simulated once for every promise asked of it."""
 
-    def __init__(self, deployment: Deployment, workload: Workload) -> None:
-        self._deployment, self._workload = deployment, workload
+    def __init__(self, candidate: Candidate, workload: Workload) -> None:
+        self._candidate, self._workload = candidate, workload
         self._seen: dict[int, tuple[Requests, Outcome]] = {}
 
     def rate(self, step: int) -> float:
@@ -214,12 +233,9 @@ class _Ladder:
 
     def judged(self, step: int, promise: Promise) -> Prediction:
         if step not in self._seen:
-            at = replace(self._workload, rate=self.rate(step))
-            self._seen[step] = search.observe(self._deployment, at, enough=ENOUGH)
+            at = replace(self._workload, rate=self.rate(step) / self._candidate.copies)
+            self._seen[step] = search.observe(self._candidate.deployment, at, enough=ENOUGH)
         return simulate.judge(*self._seen[step], promise)
-
-    def steps(self) -> list[int]:
-        return sorted(self._seen)
 
     def goodput(self, promise: Promise, near: int) -> tuple[float, int]:
         """The rate at which attainment falls through the target, between two steps by its straight line, and
@@ -243,7 +259,7 @@ class _Ladder:
 
 
 def _curve(candidate: Candidate, workload: Workload, promise: Promise) -> Curve:
-    ladder = _Ladder(candidate.deployment, workload)
+    ladder = _Ladder(candidate, workload)
     goodputs = {}
     near = 0
     for scale in sorted(SCALES, key=lambda s: (abs(s - 1), s)):

@@ -127,8 +127,8 @@ def attainment(report: Report, predicted: tuple[float, float, float, float], lab
         target = 100 * report.promise.attainment
         axes.axhline(target, color=BAD, linewidth=1.2, linestyle=(0, (4, 2)))
         axes.annotate(
-            f"target {target:g} %", (1, target), xycoords=("axes fraction", "data"), xytext=(-2, -3),
-            textcoords="offset points", ha="right", va="top", color=BAD,
+            f"target {target:g} %", (0, target), xycoords=("axes fraction", "data"), xytext=(4, -3),
+            textcoords="offset points", ha="left", va="top", color=BAD,
         )  # fmt: skip
         axes.axvline(rate, color=SOFT, linewidth=1)
         axes.annotate(

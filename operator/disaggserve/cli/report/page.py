@@ -186,7 +186,8 @@ def _nodes(p: Plan, inventory: Inventory) -> str:
 
 def _nodes_caption(p: Plan) -> str:
     letters = ", ".join(f"{role[0].upper()} = {role}" for role in dict.fromkeys(r.role for r in p.roles))
-    refused = f" {len(p.refused_nodes)} nodes were not counted (below)." if p.refused_nodes else ""
+    many = len(p.refused_nodes)
+    refused = f" {many} node{'s were' if many > 1 else ' was'} not counted (below)." if many else ""
     return f"One square is one GPU, one frame one instance; {letters}; dashed squares stay free.{refused}"
 
 
