@@ -81,7 +81,9 @@ def plan(
     ] = False,
     resolution: Annotated[
         float | None,
-        typer.Option(help="With --as-published: where its bisection ends, req/s per GPU.", show_default="0.25"),
+        typer.Option(
+            help="With --as-published: where its bisection ends, req/s per GPU.", show_default="0.25"
+        ),
     ] = None,
     output: Annotated[
         Output, typer.Option("-o", "--output", help="table, json (shape of status.plan) or yaml.")
