@@ -11,7 +11,7 @@ from typing import Literal
 
 from disaggserve.api.errors import InvalidInput
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "mixed"]
 
 
 class UnknownEngine(InvalidInput, ValueError):
@@ -30,6 +30,9 @@ class Engine:
     flags: frozenset[str]  # the operator's own; `engine.args` may not name them
     block_tokens: int = 16  # tokens per KV block
     quantised: frozenset[str] = frozenset()  # of catalogue.Model.quantised
+    colocates: bool = (
+        False  # one instance does prefill and decode, prompts whole or in chunks beside decode steps
+    )
 
 
 def _flags(text: str) -> frozenset[str]:
@@ -56,6 +59,7 @@ VLLM = Engine(
     prefill_limit=8192,
     architectures=frozenset({"opt", "llama", "qwen3", "mixtral", "qwen3_moe"}),
     quantised=frozenset({"fp8", "int8"}),
+    colocates=True,
     flags=_flags(
         "--model --served-model-name --revision --tensor-parallel-size -tp --pipeline-parallel-size -pp "
         "--host --port --max-model-len --dtype --kv-cache-dtype --block-size --kv-transfer-config "
@@ -70,6 +74,7 @@ SGLANG = Engine(
     prefill_limit=8192,
     architectures=frozenset({"opt", "llama", "qwen3", "mixtral", "qwen3_moe"}),
     quantised=frozenset({"fp8", "int8"}),
+    colocates=True,
     flags=_flags(
         "--model-path --model --served-model-name --revision --tp-size --tp --tensor-parallel-size "
         "--pp-size --pipeline-parallel-size --host --port --context-length --dtype --kv-cache-dtype "
@@ -104,6 +109,16 @@ def refuse_shape(
             return (
                 f"sglang needs the decode's pp to be 1 or the prefill's {prefill_pp}, and it is {decode_pp}"
             )
+    return None
+
+
+def refuse_mixed(engine: Engine, kinds: int) -> str | None:
+    """Why the engine cannot run instances that prefill and decode, of one kind (colocated) or of several between which
+    requests move, or None."""
+    if not engine.colocates:
+        return f"{engine.name} does not prefill and decode in one instance"
+    if kinds > 1:
+        return f"{engine.name} does not move a request from one mixed instance to another"
     return None
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from disaggserve import catalogue, hardware, latency, simulate
+from disaggserve import catalogue, engines, hardware, latency, simulate
 from disaggserve.api.errors import InvalidInput
 from disaggserve.catalogue import GPU, Link, Model
 from disaggserve.engines import Engine, Role
@@ -17,6 +18,7 @@ from disaggserve.workload import Requests, Workload
 # Seeds: what is chosen on the first three is judged on others (REFERENCE § 3: the winner must be retested).
 SEARCH_SEEDS = (0, 1, 2)
 FRESH_SEEDS = tuple(range(100, 110))
+ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")
 WARMUP_S = 60.0
 COOLDOWN_S = 15.0  # requests after the judged ones, which would else decode on an emptying instance
 STEADY_S = 600.0
@@ -37,6 +39,14 @@ def pool(
     return Pool(count, latency.step_times(model, gpu, tp, pp, profile), blocks, limit)
 
 
+def _mixed(pool: Pool, chunk: int | None) -> Pool:
+    """Instances that prefill and decode; without a chunk whole prompts as vLLM batches them."""
+    if chunk is None:
+        assert engines.VLLM.prefill_limit is not None
+        return dataclasses.replace(pool, batch_tokens=engines.VLLM.prefill_limit)
+    return dataclasses.replace(pool, batch_tokens=chunk, policy="chunked")
+
+
 def kv_link(inventory: Inventory, groups: Iterable[Group], *, paired: bool = False) -> Link:
     """The slowest link from a prefill to a decode instance of the groups.
 
@@ -48,7 +58,9 @@ def kv_link(inventory: Inventory, groups: Iterable[Group], *, paired: bool = Fal
         raise InvalidInput("no usable node tells which GPU and link the instances have")
     groups = list(groups)
     where: dict[Role, list[hardware.Node]] = {
-        role: [known[name] for g in groups if g.role == role for name, _ in g.nodes if name in known]
+        role: [
+            known[name] for g in groups if g.role in (role, "mixed") for name, _ in g.nodes if name in known
+        ]
         or list(known.values())
         for role in ("prefill", "decode")
     }
@@ -92,10 +104,10 @@ def deployment(
         gpus = {n.name: n.gpu for n in where.nodes}
         products = Counter(n.gpu.product for n in where.nodes)
         most = catalogue.gpu(min(products, key=lambda p: (-products[p], p)))
-        usual = {"prefill": most, "decode": most}
+        usual = dict.fromkeys(ROLES, most)
     else:
-        usual = {"prefill": where, "decode": where} if isinstance(where, GPU) else where
-    pools: dict[Role, list[Pool]] = {"prefill": [], "decode": []}
+        usual = dict.fromkeys(ROLES, where) if isinstance(where, GPU) else where
+    pools: dict[Role, list[Pool]] = {role: [] for role in ROLES}
     placed: list[Group] = []
     for g in groups:
         role, tp, pp, count = (g.role, g.tp, g.pp, g.count) if isinstance(g, Group) else g
@@ -106,7 +118,10 @@ def deployment(
                 by_gpu[gpus.get(name, usual[role])] += n
         by_gpu[usual[role]] += count - by_gpu.total()
         for gpu, n in sorted((+by_gpu).items(), key=lambda item: item[0].product):
-            pools[role].append(pool(model, gpu, engine, tp, pp, n, profile))
+            made = pool(model, gpu, engine, tp, pp, n, profile)
+            if role == "mixed":
+                made = _mixed(made, g.chunk if isinstance(g, Group) else None)
+            pools[role].append(made)
     if isinstance(link, str):
         link = named_link(usual["prefill"], link, usual["decode"])
     if link is None:
@@ -119,7 +134,11 @@ def deployment(
         model.kv_bytes_per_token(),
         link.bytes_per_s,
         link.latency_s,
-        engine.first_token_from,
+        # Mixed instances make it where the prompt was computed; nothing of it is computed again.
+        "prefill" if pools["mixed"] else engine.first_token_from,
+        mixed=tuple(pools["mixed"]),
+        handoff="pull" if pools["mixed"] else engine.handoff,
+        sticky=len({(p.batch_tokens, p.policy) for p in pools["mixed"]}) == 1,
     )
 
 
