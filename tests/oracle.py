@@ -2,30 +2,36 @@
 
 It says what the kernel must do, bit for bit (tests/property/test_kernel_oracle.py). Times are integers of
 1/1024 ns, every duration is at least 1. Events of one instant go by kind, then by number of the instance or lane.
+Blocks never go below none or above all, which every change of them checks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 from collections import deque
 
 from disaggserve.simulate import Deployment, Pool
 from disaggserve.workload import Requests
 
-ARRIVAL, PREFILL_END, TRANSFER_END, BOUNDARY, PREFILL_START = range(5)
+VIEW, ARRIVAL, TRANSFER_END, LANE = range(4)
 
 
 @dataclasses.dataclass(eq=False)
 class Request:
+    number: int
     input: int
     steps: int  # decode steps that it wants
     arrival: int
+    past: int  # prompt tokens that need no more compute
     done: int = 0  # decode steps made
     begun: bool = False  # has been in a batch: if it waits, it was preempted
-    fresh: bool = False  # joined its batch at this boundary: the blocks of its next step are reserved
-    prefill: Prefill | None = None
-    decode: Decode | None = None
+    fresh: bool = False  # no decode step since it joined its batch: the blocks of the next one are reserved
+    owed: int = 0  # ticks of one stage for its recompute or swap
+    ready: int | None = None  # its KV may be moved from then on; None: from now on
+    prefill: Instance | None = None
+    decode: Instance | None = None
     prefill_start: int = -1
     first: int = -1
     transfer_end: int = -1
@@ -38,89 +44,119 @@ class Request:
 
 
 @dataclasses.dataclass(eq=False)
-class Prefill:
-    number: int
-    pool: Pool
-    free: int
-    stage_free: list[int]
-    waiting: deque[Request] = dataclasses.field(default_factory=deque)
-    flying: deque[list[Request]] = dataclasses.field(default_factory=deque)
-    queued_tokens: int = 0
-    asked: bool = False  # a start event is on the way
-
-
-@dataclasses.dataclass(eq=False)
 class Lane:
     number: int
-    decode: Decode
+    instance: Instance
     batch: list[Request] = dataclasses.field(default_factory=list)
     joining: list[Request] = dataclasses.field(default_factory=list)
-    busy: bool = False  # a boundary event is on the way
+    ending: list[Request] = dataclasses.field(default_factory=list)  # prompts that the step completes
+    pulled: Request | None = None  # the loop waits for its KV
+    running: bool = False  # a step is under way
+    decoding: bool = False  # and it is a decode step of the batch
+    asked: bool = False  # an event is on the way
+    last_stage: int = 0  # when the step in progress begins its last stage
 
 
 @dataclasses.dataclass(eq=False)
-class Decode:
+class Instance:
     number: int
     pool: Pool
+    prefills: bool
+    decodes: bool
     free: int
+    stage_free: list[int]
     lanes: list[Lane] = dataclasses.field(default_factory=list)
-    waiting: deque[Request] = dataclasses.field(default_factory=deque)
-    requests: list[Request] = dataclasses.field(default_factory=list)  # assigned and not finished
+    queue: deque[Request] = dataclasses.field(default_factory=deque)  # prompts not wholly in a step
+    queued_tokens: int = 0
+    waiting: deque[Request] = dataclasses.field(default_factory=deque)  # to be admitted for decode
+    preempted: deque[Request] = dataclasses.field(default_factory=deque)
+    requests: list[Request] = dataclasses.field(default_factory=list)  # to decode here, not finished
     link_free: int = 0
+
+    def take(self, blocks: int) -> None:
+        self.free -= blocks
+        assert 0 <= self.free <= self.pool.blocks
+
+    @property
+    def kv_tokens(self) -> int:  # a step in progress has not made its tokens yet
+        return sum(r.tokens for r in self.requests)
 
 
 def blocks(tokens: int) -> int:
     return -(-tokens // 16)
 
 
-def prefill_ticks(pool: Pool, lengths: list[int]) -> int:
-    times, total = pool.times, sum(lengths)
-    knots, values = times.prefill_knots_tokens, times.prefill_knots_ns
+def knots_ns(pool: Pool, total: int) -> float:
+    knots, values = pool.times.prefill_knots_tokens, pool.times.prefill_knots_ns
     i = max(0, min(sum(1 for k in knots if k <= total) - 1, len(knots) - 2))
     slope = (values[i + 1] - values[i]) / (knots[i + 1] - knots[i])
-    ns = values[i] + slope * (total - knots[i]) + times.prefill_quad_ns * sum(n * n for n in lengths)
-    return max(1, round(float(ns) * 1024.0))
+    return float(values[i] + slope * (total - knots[i]))
 
 
-def step_ticks(pool: Pool, batch: list[Request]) -> int:
+def prefill_ticks(pool: Pool, total: int, squares: int) -> int:
+    return max(1, round((knots_ns(pool, total) + pool.times.prefill_quad_ns * squares) * 1024.0))
+
+
+def stage_ticks(pool: Pool, batch: list[Request], chunks: list[tuple[int, int]]) -> int:
+    """Of a step with these decodes and chunks, each (tokens, tokens of that prompt before it)."""
+    total, squares = sum(c for c, _ in chunks), sum(c * c + 2 * c * p for c, p in chunks)
+    if not batch:
+        return prefill_ticks(pool, total, squares)
     base, ctx = pool.times.decode_base_ns, pool.times.decode_ctx_ns
 
     def ticks(table: object, i: int) -> int:
-        return round(float(table[i]) * (1024 * pool.times.pp))  # type: ignore[index]
+        return round(float(table[i]) * 1024)  # type: ignore[index]
 
     last, size = len(base) - 1, len(batch)
     if size <= last:
-        fixed = max(1, ticks(base, size))
+        linear = max(1, ticks(base, size))
     else:
         a, b = max(1, ticks(base, last - 1)), max(1, ticks(base, last))
-        fixed = b + (b - a) * (size - last)
-    return fixed + ticks(ctx, min(size, last)) * sum(r.tokens for r in batch)
+        linear = b + (b - a) * (size - last)
+    attention = ticks(ctx, min(size, last)) * sum(r.tokens for r in batch)
+    if chunks:
+        linear = max(linear, round(knots_ns(pool, total + size) * 1024.0))
+        attention += round(pool.times.prefill_quad_ns * squares * 1024.0)
+    return linear + attention
 
 
 class Oracle:
-    """Without prefill pools: decode alone (`run_decode`); without decode pools: prefill alone (`run_prefill`)."""
+    """`moves` False: KV needs no transfer. Without prefill pools: decode alone (`run_decode`); without decode
+    pools: prefill alone (`run_prefill`)."""
 
-    def __init__(self, deployment: Deployment, requests: Requests) -> None:
-        self.deployment = deployment
-        self.from_decode = deployment.first_token_from == "decode"
-        self.ticks_per_token = deployment.kv_bytes_per_token / deployment.link_bytes_s * 1e9 * 1024
-        self.latency_ticks = deployment.link_latency_s * 1e9 * 1024
-        self.prefills: list[Prefill] = []
-        for pool in deployment.prefill:
-            for _ in range(pool.count):
-                self.prefills.append(Prefill(len(self.prefills), pool, pool.blocks, [0] * pool.times.pp))
-        self.decodes: list[Decode] = []
+    def __init__(self, deployment: Deployment, requests: Requests, *, moves: bool = True) -> None:
+        self.deployment = d = deployment
+        self.moves = moves
+        self.from_decode = d.first_token_from == "decode"
+        self.inline = d.transfer == "inline"
+        self.token_ticks = d.kv_bytes_per_token / d.link_bytes_s * 1e9 * 1024
+        self.swap_ticks = d.kv_bytes_per_token * 1e9 * 1024 / d.swap_bytes_s if d.swap_bytes_s else -1.0
+        self.latency_ticks = d.link_latency_s * 1e9 * 1024
+        self.view_ticks = round(d.view_age_s * 1e9 * 1024)
+        self.instances: list[Instance] = []
         lanes = 0
-        for pool in deployment.decode:
+        roles = [(d.prefill, True, False), (d.mixed, True, True), (d.decode, False, True)]
+        for pool, prefills, decodes in [(p, a, b) for pools, a, b in roles for p in pools]:
             for _ in range(pool.count):
-                decode = Decode(len(self.decodes), pool, pool.blocks)
-                decode.lanes = [Lane(lanes + i, decode) for i in range(pool.times.pp)]
+                i = Instance(len(self.instances), pool, prefills, decodes, pool.blocks, [0] * pool.times.pp)
+                i.lanes = [Lane(lanes + k, i) for k in range(pool.times.pp)]
                 lanes += pool.times.pp
-                self.decodes.append(decode)
+                self.instances.append(i)
+        self.prefills = [i for i in self.instances if i.prefills]
+        self.decodes = [i for i in self.instances if i.decodes]
+        self.seen: dict[Instance, tuple[int, int]] = {i: (0, 0) for i in self.instances}  # the routers' snapshot
+        self.added: dict[tuple[str, int, Instance], int] = {}  # by (prefill | decode, router, instance) since
         self.origin = int(requests.arrival_ns[0]) if len(requests) else 0
+        cached = getattr(requests, "cached", None)
         self.requests = [
-            Request(int(i), self.steps(int(o)), (int(a) - self.origin) * 1024)
-            for a, i, o in zip(requests.arrival_ns, requests.input, requests.output, strict=True)
+            Request(
+                n,
+                int(requests.input[n]),
+                self.steps(int(requests.output[n])),
+                (int(requests.arrival_ns[n]) - self.origin) * 1024,
+                0 if cached is None else min(int(cached[n]), int(requests.input[n]) - 1),
+            )
+            for n in range(len(requests))
         ]
         self.events: list[tuple[int, int, int, int, object]] = []
         self.serial = 0
@@ -135,19 +171,17 @@ class Oracle:
         heapq.heappush(self.events, (t, kind, number, self.serial, what))
 
     def run(self) -> dict[str, list[int]]:
-        for request in self.requests:
-            if self.fits(request):
-                self.at(request.arrival, ARRIVAL, 0, request)
-        handlers = {
-            ARRIVAL: self.arrive,
-            PREFILL_END: self.end_prefill,
-            TRANSFER_END: self.end_transfer,
-            BOUNDARY: self.boundary,
-            PREFILL_START: self.start_prefill,
-        }
+        served = [r for r in self.requests if self.fits(r)]
+        for request in served:
+            self.at(request.arrival, ARRIVAL, 0, request)
+        if self.view_ticks:
+            self.at(self.view_ticks, VIEW, 0, None)
+        handlers = {VIEW: self.look, ARRIVAL: self.arrive, TRANSFER_END: self.end_transfer, LANE: self.lane}
         while self.events:
             t, kind, _, _, what = heapq.heappop(self.events)
             handlers[kind](t, what)  # type: ignore[operator]
+        assert all(r.last >= 0 for r in served)
+        assert all(i.free == i.pool.blocks and not i.requests for i in self.instances)
 
         def ns(name: str) -> list[int]:
             ticks = [getattr(r, name) for r in self.requests]
@@ -156,135 +190,313 @@ class Oracle:
         return {name: ns(name) for name in ("prefill_start", "first", "transfer_end", "decode_start", "last")}
 
     def fits(self, r: Request) -> bool:
-        prompt = all(blocks(r.input) <= p.pool.blocks for p in self.prefills)
-        whole = all(blocks(r.input + r.steps) <= d.pool.blocks for d in self.decodes)
+        prompt = all(blocks(r.input) <= i.pool.blocks for i in self.prefills)
+        whole = all(blocks(r.input + r.steps) <= i.pool.blocks for i in self.decodes)
         return prompt and (whole or r.steps == 0)
 
-    # ------------------------------------------------------------------------------------------------ prefill
+    # ------------------------------------------------------------------------------------------------ routers
+
+    def look(self, t: int, _: object) -> None:
+        self.seen = {i: (i.queued_tokens, i.kv_tokens) for i in self.instances}
+        self.added = {}
+        if self.events:
+            self.at(t + self.view_ticks, VIEW, 0, None)
+
+    def load(self, role: str, r: Request, i: Instance) -> int:
+        router = r.number % self.deployment.routers
+        if not self.view_ticks:
+            return i.queued_tokens if role == "prefill" else i.kv_tokens
+        return self.seen[i][role == "decode"] + self.added.get((role, router, i), 0)
+
+    def choose(self, role: str, r: Request, tokens: int) -> Instance:
+        def pace(i: Instance) -> int:
+            if role == "decode" or not self.deployment.mixed:
+                return 1
+            return round(i.pool.times.prefill_stage_s([i.pool.batch_tokens]) * 1e9 / i.pool.batch_tokens)
+
+        among = self.prefills if role == "prefill" else self.decodes
+        chosen = min(among, key=lambda i: self.load(role, r, i) * pace(i))
+        key = (role, r.number % self.deployment.routers, chosen)
+        self.added[key] = self.added.get(key, 0) + tokens
+        return chosen
 
     def arrive(self, t: int, r: Request) -> None:
-        if not self.prefills:
-            self.first_token(t, r)
-            return
-        r.prefill = p = min(self.prefills, key=lambda p: p.queued_tokens)
-        p.queued_tokens += r.input
-        p.waiting.append(r)
-        if len(p.waiting) == 1:
-            self.ask_start(t, p)
-
-    def ask_start(self, t: int, p: Prefill) -> None:
-        if p.waiting and not p.asked:
-            p.asked = True
-            self.at(max(t, p.stage_free[0]), PREFILL_START, p.number, p)
-
-    def start_prefill(self, t: int, p: Prefill) -> None:
-        p.asked = False
-        batch: list[Request] = []
-        while p.waiting:
-            r = p.waiting[0]
-            total = sum(x.input for x in batch) + r.input
-            if blocks(r.input) > p.free or (batch and total > p.pool.batch_tokens):
-                break
-            p.free -= blocks(r.input)
-            r.prefill_start = t
-            batch.append(p.waiting.popleft())
-        if not batch:
-            return  # a transfer that frees blocks asks again
-        ticks = prefill_ticks(p.pool, [r.input for r in batch])
-        for stage, free in enumerate(p.stage_free):
-            p.stage_free[stage] = max(t, free) + ticks
-            t = p.stage_free[stage]
-        p.flying.append(batch)
-        self.at(t, PREFILL_END, p.number, p)
-        self.ask_start(p.stage_free[0], p)
-
-    def end_prefill(self, t: int, p: Prefill) -> None:
-        for r in p.flying.popleft():
-            p.queued_tokens -= r.input
-            self.first_token(t, r)
-            if r.steps == 0:
-                p.free += blocks(r.input)
-                self.ask_start(t, p)
-
-    def first_token(self, t: int, r: Request) -> None:
-        if r.steps == 0 or not self.from_decode:
+        if self.prefills:
+            r.prefill = self.choose("prefill", r, r.input)
+            r.prefill.queued_tokens += r.input
+        else:
             r.first = t
-        if r.steps == 0:
+        if r.steps > 0 and (self.deployment.handoff == "push" or not self.prefills):
+            r.decode = self.choose("decode", r, r.input + 1)
+            r.decode.requests.append(r)
+            self.wait_for_decode(t, r)
+        elif self.prefills:
+            self.queue_prompt(t, r)
+        else:
             r.last = t
+
+    def queue_prompt(self, t: int, r: Request) -> None:
+        assert r.prefill is not None
+        r.prefill.queue.append(r)
+        if len(r.prefill.queue) == 1:
+            self.wake(t, r.prefill)
+
+    def wait_for_decode(self, t: int, r: Request) -> None:
+        assert r.decode is not None
+        r.decode.waiting.append(r)
+        if len(r.decode.waiting) == 1:
+            if self.inline:
+                self.wake(t, r.decode)
+            else:
+                self.admit(t, r.decode)
+
+    # --------------------------------------------------------------------------------------- memory and links
+
+    def held(self, i: Instance, r: Request) -> int:
+        """Blocks that a prompt holds where it is prefilled; where it may decode, its first step's too."""
+        return blocks(r.input + 1 if i.decodes and r.steps > 0 else r.input)
+
+    def release(self, t: int, i: Instance, count: int) -> None:
+        i.take(-count)
+        self.admit(t, i)
+        if i.queue:
+            self.wake(t, i)
+
+    def admit(self, t: int, i: Instance) -> None:
+        if self.inline:
             return
-        # A step in progress has not made its token yet.
-        r.decode = d = min(self.decodes, key=lambda d: sum(x.tokens for x in d.requests))
-        d.requests.append(r)
-        d.waiting.append(r)
-        self.admit(t, d)
-
-    # ------------------------------------------------------------------------------------------------- decode
-
-    def admit(self, t: int, d: Decode) -> None:
-        while d.waiting and blocks(d.waiting[0].tokens) <= d.free:
-            r = d.waiting.popleft()
-            d.free -= blocks(r.tokens)
-            if r.begun:
+        while i.preempted or i.waiting:
+            r = i.preempted[0] if i.preempted else i.waiting[0]
+            if blocks(r.tokens) > i.free:
+                return
+            i.take(blocks(r.tokens))
+            if i.preempted:
+                i.preempted.popleft()
                 self.join(t, r)
-            elif not self.prefills:
+                continue
+            i.waiting.popleft()
+            if not self.moves:
                 r.transfer_end = t
                 self.join(t, r)
+            elif self.deployment.handoff == "push":
+                self.queue_prompt(t, r)
             else:
-                d.link_free = max(t, d.link_free) + max(
-                    1, round(r.input * self.ticks_per_token + self.latency_ticks)
-                )
-                self.at(d.link_free, TRANSFER_END, d.number, r)
+                self.move(t, r)
+
+    def move_ticks(self, tokens: int) -> int:
+        return max(1, round(tokens * self.token_ticks + self.latency_ticks))
+
+    def move(self, t: int, r: Request) -> None:
+        assert r.decode is not None
+        begin = t if r.ready is None else r.ready
+        end = max(begin, r.decode.link_free) + self.move_ticks(r.input)
+        if self.deployment.overlap:
+            end = max(end, t + self.move_ticks(min(16, r.input)))
+        r.decode.link_free = end
+        self.at(end, TRANSFER_END, r.decode.number, r)
 
     def end_transfer(self, t: int, r: Request) -> None:
         assert r.prefill is not None
         r.transfer_end = t
-        r.prefill.free += blocks(r.input)
-        self.ask_start(t, r.prefill)
+        self.release(t, r.prefill, self.held(r.prefill, r))
         self.join(t, r)
 
     def join(self, t: int, r: Request) -> None:
         assert r.decode is not None
         lane = min(r.decode.lanes, key=lambda lane: len(lane.batch) + len(lane.joining))
         lane.joining.append(r)
-        if not lane.busy:
-            lane.busy = True
-            self.at(t, BOUNDARY, lane.number, lane)
+        if not lane.asked:
+            self.ask(max(t, r.decode.stage_free[0]), lane)
 
-    def boundary(self, t: int, lane: Lane) -> None:
-        d = lane.decode
-        lane.busy = True  # for who joins during this boundary
-        for r in lane.batch:
+    def wake(self, t: int, i: Instance) -> None:
+        idle = next((lane for lane in i.lanes if not lane.asked), None)
+        if idle:
+            self.ask(max(t, i.stage_free[0]), idle)
+
+    def ask(self, t: int, lane: Lane) -> None:
+        lane.asked = True
+        self.at(t, LANE, lane.number, lane)
+
+    # -------------------------------------------------------------------------------------------- one lane's step
+
+    def lane(self, t: int, lane: Lane) -> None:
+        if lane.running:
+            lane.running = False
+            self.end(t, lane)
+        lane.asked = False
+        self.begin(t, lane)
+
+    def end(self, t: int, lane: Lane) -> None:
+        i, freed = lane.instance, False
+        for r in lane.batch if lane.decoding else []:
             r.done += 1
             r.fresh = False
             if r.first < 0:
                 r.first = t
         for r in [r for r in lane.batch if r.done == r.steps]:
             lane.batch.remove(r)
-            d.requests.remove(r)
-            d.free += blocks(r.tokens - 1)
+            i.requests.remove(r)
+            i.take(-blocks(r.tokens - 1))
             r.last = t
-        self.admit(t, d)
-        recomputed = []
+            freed = True
+        ending, lane.ending = lane.ending, []
+        for r in ending:
+            freed |= self.end_prompt(t, r, lane)
+        if lane.pulled:
+            r, lane.pulled = lane.pulled, None
+            assert r.prefill is not None
+            r.transfer_end = t
+            lane.joining.append(r)
+            self.release(t, r.prefill, self.held(r.prefill, r))
+        if freed:
+            self.admit(t, i)
+
+    def end_prompt(self, t: int, r: Request, lane: Lane) -> bool:
+        """Whether that freed blocks."""
+        i = lane.instance
+        i.queued_tokens -= r.input
+        if r.steps == 0 or not self.from_decode:
+            r.first = t
+        if r.steps == 0:
+            r.last = t
+            i.take(-self.held(i, r))
+            return True
+        if self.deployment.overlap:
+            r.ready = lane.last_stage
+        if self.deployment.handoff == "push":
+            self.move(t, r)
+            return False
+        d = i if self.deployment.sticky else self.choose("decode", r, r.input + 1)
+        full = bool(d.waiting or d.preempted) or blocks(r.input + 1) > d.free
+        if i.decodes and full:
+            d = i
+        r.decode = d
+        d.requests.append(r)
+        if d is i:
+            r.transfer_end = t
+            self.join(t, r)
+        else:
+            self.wait_for_decode(t, r)
+            r.ready = None
+        return False
+
+    def begin(self, t: int, lane: Lane) -> None:
+        i = lane.instance
+        if i.stage_free[0] > t:
+            loop = self.inline and (i.waiting or i.preempted)
+            if lane.batch or lane.joining or i.queue or loop:
+                self.ask(i.stage_free[0], lane)
+            return
+        if self.pull(t, lane):
+            return
+        lane.asked = True  # for who looks for an idle lane meanwhile
+        if not self.inline:
+            self.gather(t, lane)
+        chunks: list[tuple[int, int]] = []
+        swapped_out = 0
+        if i.pool.policy == "whole":
+            chunks = self.take_prompts(t, lane, i.pool.batch_tokens)
+        lane.decoding = not chunks
+        if lane.decoding:
+            swapped_out = self.grow(lane)
+            if self.inline:
+                self.come_back(t, lane)
+            if i.pool.policy == "chunked":
+                chunks = self.take_prompts(t, lane, i.pool.batch_tokens - len(lane.batch))
+        batch = lane.batch if lane.decoding else []
+        if not batch and not chunks:
+            lane.asked = False
+            return
+        ticks = stage_ticks(i.pool, batch, chunks) + swapped_out + sum(r.owed for r in lane.batch)
+        for r in lane.batch:
+            r.owed = 0
+        for stage, free in enumerate(i.stage_free):
+            lane.last_stage = max(t, free)
+            t = lane.last_stage + ticks
+            i.stage_free[stage] = t
+        lane.running = True
+        self.ask(t, lane)
+        if chunks and i.queue:
+            self.wake(0, i)
+
+    def pull(self, t: int, lane: Lane) -> bool:
+        """An engine that pulls in its loop takes the first that waits, while few enough are pulled already."""
+        i = lane.instance
+        if not self.inline or not i.waiting:
+            return False
+        idle = sum(blocks(r.input) for k in i.lanes for r in k.joining)
+        need = blocks(i.waiting[0].input + 1)
+        if idle >= math.ceil(self.deployment.pull_below * i.pool.blocks) or need > i.free:
+            return False
+        lane.pulled = i.waiting.popleft()
+        i.take(need)
+        lane.running, lane.decoding = True, False
+        i.stage_free[0] = t + self.move_ticks(lane.pulled.input)
+        self.ask(i.stage_free[0], lane)
+        return True
+
+    def enter(self, t: int, r: Request, lane: Lane) -> None:
+        r.fresh = True
+        if not r.begun:
+            r.decode_start = t
+        r.begun = True
+        lane.batch.append(r)
+
+    def gather(self, t: int, lane: Lane) -> None:
         for r in lane.joining:
-            r.fresh = True
-            if r.begun:
-                recomputed.append(r)
-            else:
-                r.decode_start = t
-            r.begun = True
-        lane.batch += lane.joining
+            self.enter(t, r, lane)
         lane.joining = []
-        while self.wanted(lane) > d.free:
+
+    def come_back(self, t: int, lane: Lane) -> None:
+        i = lane.instance
+        while i.preempted and blocks(i.preempted[0].tokens) <= i.free:
+            i.take(blocks(i.preempted[0].tokens))
+            self.enter(t, i.preempted.popleft(), lane)
+        if not i.preempted or not lane.batch:
+            self.gather(t, lane)
+
+    def grow(self, lane: Lane) -> int:
+        """Blocks for the batch's next step; preempts for them. Returns ticks of swapping out."""
+        i, swapped = lane.instance, 0
+        while self.wanted(lane) > i.free:
             victim = lane.batch.pop()
-            d.free += blocks(victim.tokens) if victim.fresh else blocks(victim.tokens - 1)
-            d.waiting.appendleft(victim)
-        d.free -= self.wanted(lane)
-        lane.busy = bool(lane.batch)
-        if lane.batch:
-            again = [prefill_ticks(d.pool, [r.tokens - 1]) for r in recomputed if r in lane.batch]
-            ticks = d.pool.times.pp * sum(again) + step_ticks(d.pool, lane.batch)
-            self.at(t + ticks, BOUNDARY, lane.number, lane)
+            i.take(-blocks(victim.tokens if victim.fresh else victim.tokens - 1))
+            tokens = victim.tokens - 1
+            if self.swap_ticks >= 0:
+                victim.owed = max(1, round(tokens * self.swap_ticks / i.pool.times.pp))
+                swapped += victim.owed
+                i.preempted.append(victim)
+            else:
+                victim.owed = prefill_ticks(i.pool, tokens, tokens * tokens)
+                i.preempted.appendleft(victim)
+        i.take(self.wanted(lane))
+        return swapped
 
     def wanted(self, lane: Lane) -> int:
         """Blocks that the batch's next step takes."""
         return sum(1 for r in lane.batch if not r.fresh and blocks(r.tokens) > blocks(r.tokens - 1))
+
+    def take_prompts(self, t: int, lane: Lane, budget: int) -> list[tuple[int, int]]:
+        """Prompts or chunks of them for the lane's step: (tokens, tokens of that prompt before)."""
+        i, chunks = lane.instance, list[tuple[int, int]]()
+        while i.queue and not (i.pool.batch_requests and len(chunks) == i.pool.batch_requests):
+            r = i.queue[0]
+            left = budget - sum(c for c, _ in chunks)
+            chunk = r.input - r.past
+            if i.pool.policy == "chunked":
+                chunk = min(chunk, left)
+                if chunk <= 0:
+                    break
+            elif chunks and chunk > left:
+                break
+            if r.prefill_start < 0:
+                if self.held(i, r) > i.free or (i.decodes and (i.preempted or i.waiting)):
+                    break
+                i.take(self.held(i, r))
+                r.prefill_start = t
+            chunks.append((chunk, r.past))
+            r.past += chunk
+            if r.past < r.input:
+                break
+            lane.ending.append(i.queue.popleft())
+        return chunks

@@ -56,6 +56,34 @@ def test_the_pod_is_admitted_by_pod_security_restricted(cluster: ControlPlane) -
     cluster.kubectl("apply", "--dry-run=server", "-f", "-", input=json.dumps(pod))
 
 
+def test_nothing_is_written_outside_the_namespaces_that_are_served(cluster: ControlPlane) -> None:
+    for namespace in ("served", "other"):
+        cluster.kubectl("create", "namespace", namespace)
+    rendered = cluster.helm(
+        "template", "x", CHART, "-n", "served", "--set", "watchNamespaces={served},crd.install=false"
+    )
+    rbac = [d for d in yaml.safe_load_all(rendered) if d and d["kind"] != "Deployment"]
+    cluster.kubectl("apply", "-f", "-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": rbac}))
+    operator = "--as=system:serviceaccount:served:disaggserve-operator"
+
+    def may(verb: str, what: str, namespace: str) -> bool:
+        try:
+            return cluster.kubectl("auth", "can-i", verb, what, "-n", namespace, operator).strip() == "yes"
+        except CommandFailed:  # kubectl's exit code of a no
+            return False
+
+    writes = [
+        ("create", "pods"),
+        ("delete", "pods"),
+        ("patch", "deployments.apps"),
+        ("create", "rolebindings"),
+    ]
+    assert [may(*w, "served") for w in writes] == [True] * 4
+    assert [may(*w, "other") for w in writes] == [False] * 4
+    assert may("list", "pods", "other"), "they use up GPUs"
+    assert not may("get", "secrets", "served")
+
+
 def test_rights_are_the_ones_that_are_used(cluster: ControlPlane) -> None:
     rendered = [d for d in yaml.safe_load_all(cluster.helm("template", "x", CHART)) if d]
     roles = {d["metadata"]["name"]: d["rules"] for d in rendered if d["kind"] == "ClusterRole"}
@@ -66,5 +94,7 @@ def test_rights_are_the_ones_that_are_used(cluster: ControlPlane) -> None:
     granted = {(r, v) for rule in operator for r in rule["resources"] for v in rule["verbs"]}
     assert not {r for r, _ in granted} & {"secrets", "configmaps", "pods/exec"}
     assert "*" not in {part for pair in granted for part in pair}
+    inventory = roles["disaggserve-operator-inventory"]
+    assert {v for rule in inventory for v in rule["verbs"]} == {"list", "watch"}
     bind = [rule for rule in operator if "bind" in rule["verbs"]]
     assert [rule["resourceNames"] for rule in bind] == [["disaggserve-router"]]

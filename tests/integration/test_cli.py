@@ -52,6 +52,7 @@ OPT_66B = {
     "model": {"id": "facebook/opt-66b"},
     "slo": {"ttft": "2500ms", "tpot": "150ms"},
     "workload": {"rate": 4, "lengths": {"preset": "sharegpt"}},
+    "planner": {"algorithm": "DistServe"},
 }
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from disaggserve import __version__
+from disaggserve.api.errors import InvalidInput
 
 app = typer.Typer(
     name="disaggserve",
@@ -20,9 +21,17 @@ app = typer.Typer(
 
 
 class Algorithm(StrEnum):
+    joint = "joint"
     distserve = "distserve"
     high = "high"
     low = "low"
+
+
+class Engine(StrEnum):
+    torch = "torch"
+    vllm = "vllm"
+    sglang = "sglang"
+    any = "any"
 
 
 class Output(StrEnum):
@@ -49,36 +58,48 @@ def plan(
         Algorithm | None,
         typer.Option("--algorithm", help="Replaces planner.algorithm.", case_sensitive=False),
     ] = None,
-    as_published: Annotated[
-        bool,
-        typer.Option("--as-published", help="The search of DistServe's public code, with --rate max."),
-    ] = False,
-    resolution: Annotated[
-        float | None,
-        typer.Option(help="Of --as-published: req/s per GPU.", show_default="0.25"),
-    ] = None,
     profile: Annotated[
-        Path | None, typer.Option(help="Step times: DistServe's JSON. Default: the shipped ones.")
+        Path | None,
+        typer.Option(help="Measured step times: what `disaggserve fit` writes, or DistServe's JSON."),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Requests to plan for: CSV with arrival_s,input_tokens,output_tokens."),
     ] = None,
     lengths: Annotated[
-        Path | None, typer.Option(help="CSV with input_tokens,output_tokens. Replaces workload.lengths.")
+        Path | None, typer.Option(help="Lengths to plan for: CSV with input_tokens,output_tokens.")
     ] = None,
     rate: Annotated[
         str | None,
-        typer.Option(help="Requests/s, or max: the highest goodput per GPU. Replaces workload.rate."),
+        typer.Option(help="Requests per second, or max: the highest goodput per GPU of the GPUs at hand."),
     ] = None,
-    max_gpus: Annotated[int | None, typer.Option(help="Replaces hardware.maxGPUs.", min=1)] = None,
+    max_gpus: Annotated[
+        int | None, typer.Option("--max-gpus", help="Replaces hardware.maxGPUs.", min=1, max=4096)
+    ] = None,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(help="Replaces engine.type; any: the best of all, and what the resource's own costs."),
+    ] = None,
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="The search of DistServe's public code, to reproduce it.")
+    ] = False,
+    resolution: Annotated[
+        float, typer.Option(help="With --as-published: where its bisection ends, req/s per GPU.")
+    ] = 0.25,
     output: Annotated[
         Output, typer.Option("-o", "--output", help="table, json (shape of status.plan) or yaml.")
     ] = Output.table,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write a page that explains the plan into this folder.")
+    ] = None,
 ) -> None:
     """The operator's own plan, without a cluster."""
-    from disaggserve.cli.plan import Changes, run
+    from disaggserve.cli.plan import Replacing, run
 
-    changes = Changes(
-        algorithm.value if algorithm else None, as_published, resolution, profile, lengths, rate, max_gpus
+    replacing = Replacing(
+        algorithm, profile, trace, lengths, rate, max_gpus, engine, as_published, resolution
     )
-    run(file, nodes, changes, output.value)
+    run(file, nodes, replacing, output.value, report)
 
 
 @app.command()
@@ -97,6 +118,27 @@ def simulate(
 
 
 @app.command()
+def fit(
+    measurements: Annotated[
+        Path,
+        typer.Argument(help="CSV with phase,batch,tokens,context_tokens,tp,pp,seconds; - is standard input."),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The profile to write.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="The model's id; without it the profile is for any.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="nvidia.com/gpu.product; without it the profile is for any.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="torch, vllm, sglang or distserve.")] = None,
+) -> None:
+    """Fits a profile of step times to measured steps, and says how far it is from them."""
+    from disaggserve.cli.fit import run
+
+    run(measurements, output, model, gpu, engine)
+
+
+@app.command()
 def validate(file: File) -> None:
     """Checks manifests as the API server does: one line per fault, exit code 1 if there is any."""
     from disaggserve.api import manifest
@@ -112,6 +154,23 @@ def crd() -> None:
     from disaggserve.api import crd as generator
 
     print(generator.text(), end="")
+
+
+@app.command("warm-up", hidden=True)
+def warm_up(
+    into: Annotated[
+        Path, typer.Option("--into", help="Folder for DISAGGSERVE_KERNELS to name when the image runs.")
+    ],
+) -> None:
+    """Compiles the simulator ahead, when an image is built: no process of it waits for a compiler."""
+    from disaggserve import simulate
+    from disaggserve.simulate import cache
+
+    simulate.warm_up()
+    try:
+        print(cache.keep(into))
+    except OSError as error:
+        raise InvalidInput(f"{into}: cannot be written ({error}); name a folder that can be") from None
 
 
 @app.command()

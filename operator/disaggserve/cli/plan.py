@@ -2,76 +2,128 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from disaggserve import latency, plan, workload
 from disaggserve.api.errors import InvalidInput
-from disaggserve.api.spec import PlannerSpec, Spec
-from disaggserve.cli import show
+from disaggserve.api.spec import Spec
+from disaggserve.cli import report, show
 from disaggserve.cli.files import objects, one
 from disaggserve.cluster import searching
+from disaggserve.workload import Workload
 
-_ALGORITHMS = {"distserve": "DistServe", "high": "HighAffinity", "low": "LowAffinity"}
+ALGORITHMS = {"joint": "Joint", "distserve": "DistServe", "high": "HighAffinity", "low": "LowAffinity"}
 
 
 @dataclass(frozen=True)
-class Changes:
-    """The options as given: what they replace in the resource, and what is asked beside it."""
+class Replacing:
+    """Options that replace what the resource says; None leaves it."""
 
-    algorithm: str | None
-    as_published: bool
-    resolution: float | None
-    profile: Path | None
-    lengths: Path | None
-    rate: str | None
-    max_gpus: int | None
+    algorithm: str | None = None
+    profile: Path | None = None
+    trace: Path | None = None
+    lengths: Path | None = None
+    rate: str | None = None
+    max_gpus: int | None = None
+    engine: str | None = None
+    as_published: bool = False
+    resolution: float = 0.25
 
 
-def run(file: Path, nodes: Path, changes: Changes, output: str) -> None:
-    spec = _changed(one(file).spec, changes)
-    options = _options(changes)
-    found = objects(nodes)
-    of_kind = {kind: tuple(o for o in found if o.get("kind") == kind) for kind in ("Node", "Pod")}
-    if not of_kind["Node"]:
-        raise InvalidInput(f"{nodes}: holds no Node; give what `kubectl get nodes,pods -A -o yaml` prints")
-    facts = plan.Facts(nodes=of_kind["Node"], pods=of_kind["Pod"])
-    traffic = plan.expected(spec)
-    if changes.lengths is not None:
-        lengths = workload.read_lengths(changes.lengths).scaled(1.0, plan.context_length(spec))
-        traffic = replace(traffic, lengths=lengths, source="--lengths")
+def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path | None = None) -> None:
+    spec = replaced(one(file).spec, replacing)
+    expected = traffic(spec, replacing)
+    options = plan.Options(
+        profile=latency.Profile.load(replacing.profile) if replacing.profile else None,
+        objective="goodput" if replacing.rate == "max" else "gpus",
+        any_engine=replacing.engine == "any",
+        as_published=replacing.as_published,
+        resolution=replacing.resolution,
+    )
+    facts = read_facts(nodes)
     with show.busy("searching"):
-        draft = searching.draft(spec, facts, traffic, (), options)
+        draft = searching.draft(spec, facts, expected, (), options)
     if output == "table":
         show.plan(spec, draft)
     else:
         show.dump(draft.plan.model_dump(mode="json", exclude_none=True), output)
+    if page is not None:
+        report.write(page, spec, facts, draft, expected or plan.expected(spec))
 
 
-def _changed(spec: Spec, changes: Changes) -> Spec:
-    if changes.algorithm:
-        planner = PlannerSpec.model_validate({"algorithm": _ALGORITHMS[changes.algorithm]})
-        spec = spec.model_copy(update={"planner": planner})
-    if changes.max_gpus:
-        hardware = spec.hardware.model_copy(update={"max_gpus": changes.max_gpus})
-        spec = spec.model_copy(update={"hardware": hardware})
-    if changes.rate and changes.rate != "max":
-        try:
-            rate = float(changes.rate)
-        except ValueError:
-            rate = 0.0
-        if not 0 < rate <= 100_000:
-            raise InvalidInput(f"--rate is {changes.rate!r}; write requests per second up to 100000, or max")
-        spec = spec.model_copy(update={"workload": spec.workload.model_copy(update={"rate": rate})})
-    return spec
+def read_facts(path: Path) -> plan.Facts:
+    """What `kubectl get nodes,pods -A -o yaml` prints. Raises InvalidInput where it holds no node."""
+    found = objects(path)
+    of_kind = {kind: tuple(o for o in found if o.get("kind") == kind) for kind in ("Node", "Pod")}
+    if not of_kind["Node"]:
+        raise InvalidInput(f"{path}: holds no Node; give what `kubectl get nodes,pods -A -o yaml` prints")
+    return plan.Facts(nodes=of_kind["Node"], pods=of_kind["Pod"])
 
 
-def _options(changes: Changes) -> plan.Options:
-    if changes.resolution is not None and not changes.as_published:
-        raise InvalidInput("--resolution belongs to --as-published; add that or leave it out")
-    return plan.Options(
-        profile=latency.Profile.load(changes.profile) if changes.profile else None,
-        objective="goodput" if changes.rate == "max" else "gpus",
-        as_published=changes.as_published,
-        resolution=changes.resolution or plan.Options.resolution,
-    )
+def replaced(spec: Spec, replacing: Replacing) -> Spec:
+    """The spec with algorithm, rate, GPUs and engine of the options."""
+    parts: dict[str, dict[str, object]] = {
+        "planner": {"algorithm": replacing.algorithm and ALGORITHMS[replacing.algorithm]},
+        "hardware": {"max_gpus": replacing.max_gpus},
+        "engine": {"type": replacing.engine if replacing.engine != "any" else None},
+        "workload": {"rate": _rate(replacing.rate)},
+    }
+    update = {
+        part: getattr(spec, part).model_copy(update={k: v for k, v in given.items() if v is not None})
+        for part, given in parts.items()
+    }
+    return spec.model_copy(update=update)
+
+
+def _rate(text: str | None) -> float | None:
+    if text is None or text == "max":
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate <= 100_000:
+        raise InvalidInput(f"--rate is {text!r}; give requests per second, or max")
+    return rate
+
+
+def traffic(spec: Spec, replacing: Replacing) -> Workload | None:
+    """Traffic of a trace or a table of lengths; None where neither is given. Requests over the model's context are left out,
+    and how many is said on stderr and in the source.
+
+    A trace is planned for as it is: its own arrivals in their order, at its mean rate or run faster or slower to --rate.
+    """
+    if replacing.trace and replacing.lengths:
+        raise InvalidInput("--trace and --lengths both tell the lengths; give one of them")
+    context = plan.context_length(spec)
+    if replacing.lengths:
+        table = workload.read_lengths(replacing.lengths)
+        fits = table.input.astype(np.int64) + table.output <= context
+        said = _left_out(replacing.lengths, len(table) - int(fits.sum()), len(table), context)
+        lengths = replace(table, input=table.input[fits], output=table.output[fits])
+        return Workload(spec.workload.rate, 1.0, lengths, f"{replacing.lengths.name}{said}")
+    if replacing.trace is None:
+        return None
+    whole = workload.read_trace(replacing.trace, context_length=context)
+    requests, out = whole.within(context)
+    said = _left_out(replacing.trace, out, len(whole), context)
+    found = workload.from_trace(requests, f"{replacing.trace.name}, its own arrivals{said}")
+    rate = _rate(replacing.rate)
+    return replace(found, rate=rate) if rate else found
+
+
+def _left_out(path: Path, out: int, of: int, context: int) -> str:
+    """What to say of requests over the context, also said on stderr. Raises InvalidInput where there are no others."""
+    if not out:
+        return ""
+    longer = f"longer than the model's context of {context} tokens"
+    if out == of:
+        raise InvalidInput(f"{path}: all {of} requests are {longer}")
+    said = f"{out} of {of} requests ({out / of:.1%}) are {longer} and left out"
+    print(said, file=sys.stderr)
+    return f"; {said}"

@@ -8,7 +8,7 @@ from disaggserve import drift, hardware, plan
 from disaggserve.api.plan import Commit, Search, Slot
 from disaggserve.api.spec import Spec
 from disaggserve.cluster.clock import WallClock
-from disaggserve.plan import Json
+from disaggserve.hardware import Json
 from disaggserve.workload import Workload
 
 
@@ -17,10 +17,9 @@ def draft(
     facts: plan.Facts,
     workload: Workload | None,
     previous: Sequence[Slot],
-    options: plan.Options | None = None,
+    options: plan.Options = plan.DEFAULT,
 ) -> plan.Draft:
     """`plan.draft` with what it took. Raises Infeasible and other DisaggServeErrors."""
-    options = options or plan.Options()
     plan.warm_up(options)
     clock = WallClock()
     began_s, cpu_s = clock.monotonic_s(), clock.cpu_s()

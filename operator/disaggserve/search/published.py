@@ -177,6 +177,10 @@ def place(problem: Problem, profile: Profile, resolution: float = 0.25) -> Place
         raise InvalidInput(
             f"resolution is {resolution}; write req/s per GPU above 0 and below {MOST_PER_GPU:g}"
         )
+    if profile.source != "profile" or profile.product is None:
+        raise InvalidInput(
+            f"as published: {profile.name} is not in the public code's form; give DistServe's JSON"
+        )
     model, promise = problem.model, problem.promise
     known = tables(model, profile)
     inventory = _of_product(problem.inventory, profile.product)
@@ -208,7 +212,9 @@ def place(problem: Problem, profile: Profile, resolution: float = 0.25) -> Place
         affinity_reason=reason,
         groups=groups,
         gpus=best.gpus,
+        rate=rate,
         link=link,
+        paired=not high,
         goodput=rate,
         prediction=simulator.predict(
             (known.fits[prefill.tp], prefill.pp, known.tokens[prefill]),

@@ -1,151 +1,186 @@
-"""The event kernel: prefill and decode instances serving one list of requests, in integer time.
+"""The event kernel: instances that may prefill, may decode, or both, serving one list of requests, in integer time.
 
 Time is counted in ticks of 1/1024 ns (int64), so that k decode steps add up in closed form exactly. Every
 duration is at least one tick. State lies in tables of int64, one row per request, instance or lane; a list of
 requests is a chain through the column NXT. Each source of events has one next time in a tournament tree; the
-earliest goes first, ties go to the lowest source. Sources in order: arrivals, prefill ends (by instance),
-transfer ends (by decode instance), lanes' step boundaries, prefill starts (by instance).
+earliest goes first, ties go to the lowest source. Sources in order: the routers' view, arrivals, transfer ends
+(by instance), lanes (a step ends, the next begins).
 
-A lane does not stop at every step: it plans as many equal steps as nobody disturbs (until its next request
-ends, or memory for growing contexts runs out) and is cut short at the first boundary after a disturbance. The
-blocks that a plan will grow into are taken from the instance's slack at once, and given back when it is cut;
-so slack = free blocks − growth still planned. The rules themselves are in the package's docstring.
+Instances stand in the order prefill, mixed, decode: those that may prefill are the first ones, those that may
+decode the last ones. An instance has pp lanes, and lane s's row also holds when its pipeline stage s is free.
+
+With pp 1 a lane does not stop at every decode step: it plans as many equal steps as nobody disturbs (until its
+next request ends, or memory for growing contexts runs out) and is cut short at the first boundary after a
+disturbance. The blocks that a plan will grow into are taken from the instance's slack at once, and given back
+when it is cut; so slack = free blocks − growth still planned. With pp > 1 lanes wait for each other's stages,
+and every step is an event. The rules themselves are in the package's docstring.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from disaggserve import dispatch
-from disaggserve.simulate import cache
-
-cache.prepare()
-
-import numba  # noqa: E402 — the cache folder must be named before numba is imported
+from disaggserve.simulate.structures import (
+    NEVER,
+    NXT,
+    append,
+    cached,
+    compiled,
+    inlined,
+    prepend,
+    push,
+    remove,
+    schedule,
+)
 
 TICKS = 1024  # per nanosecond
-NEVER = 2**62
 _ID_BITS = 24  # of a key in a lane's heap: finishing step above, request below
 MAX_REQUESTS = 1 << _ID_BITS
 _ID_MASK = MAX_REQUESTS - 1
 
 # One row per request. Times in ticks, -1 = has not happened.
-ARRIVAL, INPUT, STEPS, NXT, PRV, DONE, SOURCE, JOIN, START, FIRST, MOVED, BEGUN, LAST, EXTRA, BATCH = range(
-    15
+(INPUT, STEPS, PAST, PRV, DONE, PREFILLER, DECODER, JOIN, OWED, READY, START, FIRST, MOVED, BEGUN, LAST) = (
+    range(1, 16)
 )
 REQUEST_COLUMNS = 16
-# STEPS: decode steps wanted, -1 = fits nowhere. DONE: steps made when it last left a lane. JOIN: the lane's
-# step count when it joined, -1 = never. EXTRA: end of the batch (on a batch's first request, until then), then
-# ticks of the recompute that it owes. BATCH: requests in the batch (on its first request).
+# STEPS: decode steps wanted, -1 = fits nowhere. PAST: prompt tokens that need no more compute. DONE: steps made
+# when it last left a lane. JOIN: the lane's step count when it joined, -1 = never. OWED: ticks of one stage for
+# its recompute or swap. READY: when its KV may be moved from, NEVER = now.
 
-# One row per prefill instance.
-P_HEAD, P_TAIL, P_RUN, P_FREE, P_PP, P_BATCH, P_TABLE = range(7)
-PREFILL_COLUMNS = 7
-# One row per decode instance.
-D_WHEAD, D_WTAIL, D_THEAD, D_TTAIL, D_SLACK, D_LINK, D_LANE, D_PP, D_OUTSIDE, D_TABLE = range(10)
-DECODE_COLUMNS = 10
-# One row per decode lane. The plan: from T0, after EXTRA ticks of recompute, K steps of E + Q·i (i = 0 … K−1)
-# ticks; the first STEPS of them take SPAN. C = Σ (context + 1) of its N-th step, B requests in the batch, COUNT with those about to join.
-L_T0, L_K, L_EXTRA, L_E, L_Q, L_STEPS, L_SPAN, L_C, L_B, L_N, L_TAIL, L_JHEAD, L_JTAIL, L_COUNT, L_DECODE = (
-    range(15)
-)
-LANE_COLUMNS = 15
+# One row per instance. Chains, each with head and tail: prompts not wholly in a step (Q), what waits to be
+# admitted for decode (W) and was preempted (B), transfers under way to it (T).
+(
+    I_LANE, I_PP, I_TABLE, I_PREFILLS, I_DECODES, I_CHUNKED, I_TOKENS, I_REQUESTS, I_SLACK, I_MARK, I_PULLED,
+    I_LINK, I_OUTSIDE, I_QHEAD, I_QTAIL, I_WHEAD, I_WTAIL, I_BHEAD, I_BTAIL, I_THEAD, I_TTAIL,
+) = range(21)  # fmt: skip
+INSTANCE_COLUMNS = 21
+I_CHAINS = (I_QHEAD, I_WHEAD, I_BHEAD, I_THEAD)
+# MARK, PULLED: inline pulls go on while those pulled and not in a batch hold fewer blocks than MARK. OUTSIDE:
+# KV tokens of what is assigned here for decode and in no lane's batch.
 
-F = TypeVar("F", bound=Callable[..., Any])
+# One row per lane. The plan: from T0, after EXTRA ticks for prompts, recomputes and swaps, K decode steps of
+# E + Q·i (i = 0 … K−1) ticks; the first STEPS of them take SPAN. C = Σ (context + 1) of its N-th step, B
+# requests in the batch, COUNT with those about to join. FRESH: those that joined since the last decode step and
+# whose next step is the first in a block (they have it). ENDING: prompts that the step in progress completes.
+(
+    L_INSTANCE, L_RUNNING, L_T0, L_K, L_EXTRA, L_E, L_Q, L_STEPS, L_SPAN, L_C, L_B, L_N, L_TAIL, L_JHEAD, L_JTAIL,
+    L_COUNT, L_FRESH, L_ENDING, L_PULL, L_LAST_STAGE, L_STAGE_FREE, L_PHASE,
+) = range(22)  # fmt: skip
+LANE_COLUMNS = L_PHASE + 16  # L_PHASE + x: requests of the batch by (tokens − step) mod 16
 
+_VIEW, _ARRIVALS, _TRANSFERS = range(3)
 
-def _compiled(function: F) -> F:
-    return cast(F, numba.njit(forceinline=True, _nrt=False)(function))
-
-
-def _cached(function: F) -> F:
-    return cast(F, numba.njit(cache=True, nogil=True, _nrt=False)(function))
-
-
-_choose_prefill: Any = numba.njit(_nrt=False)(dispatch.choose_prefill)
-_choose_decode: Any = numba.njit(_nrt=False)(dispatch.choose_decode)
+Table = npt.NDArray[np.int64]
 
 
-@_compiled
-def _set(tree: Any, when: Any, source: int, t: int) -> None:
-    """The next event of a source is at t; replays its matches up the tree."""
-    if when[source] == t:
-        return
-    when[source] = t
-    node = (source + len(tree) // 2) >> 1
-    while node >= 1:
-        a = tree[2 * node]
-        b = tree[2 * node + 1]
-        winner = a if when[a] <= when[b] else b
-        if winner == tree[node] and winner != source:
-            return
-        tree[node] = winner
-        node >>= 1
+class World(NamedTuple):
+    """All state, and the rules of the deployment. int64 tables; always of the same types: every new combination
+    would be compiled anew."""
+
+    reqs: Any  # [n, REQUEST_COLUMNS]
+    insts: Any  # [instances, INSTANCE_COLUMNS]
+    lanes: Any  # [lanes, LANE_COLUMNS]
+    heaps: Any  # [lanes, …] what is in the batch, by the step after which it ends
+    tree: Any
+    when: Any  # by source
+    queued: Any  # [may prefill] prompt tokens queued or being computed
+    pace: Any  # [may prefill] ns a token, [] = all alike
+    loads: Any  # [may decode] scratch
+    views: Any  # [1 + routers, may prefill + may decode]: the snapshot, and what each router added since
+    sight: Any  # [may prefill] scratch
+    view_ticks: int  # age of the view; 0: exact
+    ticks_per_token: float  # of a transfer
+    latency_ticks: float  # negative: KV needs no transfer
+    swap_ticks: float  # per token; negative: the preempted are recomputed
+    first_from_decode: bool
+    sticky: bool
+    pushes: bool
+    inline: bool
+    overlap: bool
 
 
-@_compiled
+class Costs(NamedTuple):
+    """Times of one stage by shape: prefill in float64 ns, decode in int64 ticks."""
+
+    knots: Any  # [shapes, knots]
+    values: Any
+    sizes: Any  # [shapes]
+    quad: Any  # [shapes]
+    base: Any  # [shapes, batches]
+    ctx: Any
+
+
+_choose_prefill = compiled(dispatch.choose_prefill)
+_choose_decode = compiled(dispatch.choose_decode)
+
+
+@inlined
 def _blocks(tokens: int) -> int:
     return (tokens + 15) >> 4
 
 
-@_compiled
-def _prefill_ticks(
-    total: int, squares: int, knots: Any, values: Any, sizes: Any, quad: Any, table: int
-) -> Any:
+@inlined
+def _held(w: World, i: int, r: int) -> int:
+    """Blocks that a prompt holds where it is prefilled; where it may decode, its first step's too."""
+    return _blocks(w.reqs[r, INPUT] + (1 if w.insts[i, I_DECODES] and w.reqs[r, STEPS] > 0 else 0))
+
+
+@inlined
+def _source(w: World, k: int) -> int:
+    return _TRANSFERS + len(w.insts) + k
+
+
+@inlined
+def _lane_at(w: World, k: int, t: int) -> None:
+    schedule(w.tree, w.when, _source(w, k), t)
+
+
+# -------------------------------------------------------------------------------------------------- step times
+
+
+@inlined
+def _prefill_ns(c: Costs, table: int, total: int) -> float:
     i = 0
-    while i < sizes[table] - 2 and knots[table, i + 1] <= total:
+    while i < c.sizes[table] - 2 and c.knots[table, i + 1] <= total:
         i += 1
-    slope = (values[table, i + 1] - values[table, i]) / (knots[table, i + 1] - knots[table, i])
-    ns = values[table, i] + slope * (total - knots[table, i]) + quad[table] * squares
-    return max(1, int(np.rint(ns * 1024.0)))
+    slope = (c.values[table, i + 1] - c.values[table, i]) / (c.knots[table, i + 1] - c.knots[table, i])
+    ns: float = c.values[table, i] + slope * (total - c.knots[table, i])
+    return ns
 
 
-@_compiled
-def _push(heaps: Any, k: int, size: int, key: int) -> None:
-    i = size
-    while i > 0:
-        up = (i - 1) >> 1
-        if heaps[k, up] <= key:
-            break
-        heaps[k, i] = heaps[k, up]
-        i = up
-    heaps[k, i] = key
+@compiled
+def _prompt_ticks(c: Costs, table: int, total: int, squares: int, batch: int, fixed: int) -> Any:
+    """Ticks that prompts add to a decode step of `batch` requests, whose GEMMs alone take `fixed`."""
+    if batch == 0:
+        return max(1, int(np.rint((_prefill_ns(c, table, total) + c.quad[table] * squares) * 1024.0)))
+    linear = int(np.rint(_prefill_ns(c, table, total + batch) * 1024.0))
+    return max(0, linear - fixed) + int(np.rint(c.quad[table] * squares * 1024.0))
 
 
-@_compiled
-def _remove(heaps: Any, k: int, size: int, i: int) -> None:
-    """Take out element i of a heap of `size`."""
-    key = heaps[k, size - 1]
-    size -= 1
-    if i == size:
-        return
-    while i > 0 and heaps[k, (i - 1) >> 1] > key:
-        heaps[k, i] = heaps[k, (i - 1) >> 1]
-        i = (i - 1) >> 1
-    while True:
-        child = 2 * i + 1
-        if child >= size:
-            break
-        if child + 1 < size and heaps[k, child + 1] < heaps[k, child]:
-            child += 1
-        if heaps[k, child] >= key:
-            break
-        heaps[k, i] = heaps[k, child]
-        i = child
-    heaps[k, i] = key
+@inlined
+def _swap_ticks(w: World, i: int, tokens: int) -> int:
+    return max(1, int(np.rint(tokens * w.swap_ticks / w.insts[i, I_PP])))
 
 
-@_compiled
+@inlined
+def _move_ticks(w: World, tokens: int) -> int:
+    return max(1, int(np.rint(tokens * w.ticks_per_token + w.latency_ticks)))
+
+
+# ------------------------------------------------------------------------------------------------- lanes' plans
+
+
+@inlined
 def _span(lanes: Any, k: int, steps: int) -> Any:
     """Ticks from T0 to the end of so many steps of the plan."""
     return lanes[k, L_EXTRA] + steps * lanes[k, L_E] + lanes[k, L_Q] * (steps * (steps - 1) // 2)
 
 
-@_compiled
+@inlined
 def _steps_until(lanes: Any, k: int, t: int) -> Any:
     """The first step boundary of the plan at or after t, as a number of steps, at least 1.
 
@@ -172,158 +207,252 @@ def _steps_until(lanes: Any, k: int, t: int) -> Any:
     return steps
 
 
-@_compiled
-def _growth(phases: Any, lanes: Any, k: int, steps: int) -> Any:
+@inlined
+def _growth(lanes: Any, k: int, steps: int) -> Any:
     """Blocks that a lane's batch takes after the first of so many steps from now."""
     more = steps - 1
     grown = (more >> 4) * lanes[k, L_B]
     step = lanes[k, L_N] + 1
     for i in range(more & 15):
-        grown += phases[k, (1 - step - i) & 15]
+        grown += lanes[k, L_PHASE + ((1 - step - i) & 15)]
     return grown
 
 
-@_compiled
-def _cut(
-    k: int, t: int, seen: int, lanes: Any, phases: Any, decode: Any, tree: Any, when: Any, lane_source: int
-) -> None:
-    """End lane k's plan at its first boundary that is still to come at time t.
+@compiled
+def _cut(w: World, i: int, t: int, seen: int) -> None:
+    """End the plan of instance i (of one lane) at its first boundary that is still to come at time t, so that
+    its slack is what is free now.
 
     `seen`: lanes up to this one have had their boundaries of this tick; -1 = none has.
     """
+    lanes = w.lanes
+    k = w.insts[i, I_LANE]
     if lanes[k, L_K] <= 1:
         return
     steps = _steps_until(lanes, k, t + 1 if k <= seen else t)
     if steps < lanes[k, L_K]:
-        decode[lanes[k, L_DECODE], D_SLACK] += _growth(phases, lanes, k, lanes[k, L_K]) - _growth(
-            phases, lanes, k, steps
-        )
+        w.insts[i, I_SLACK] += _growth(lanes, k, lanes[k, L_K]) - _growth(lanes, k, steps)
         lanes[k, L_K] = steps
-        _set(tree, when, lane_source + k, lanes[k, L_T0] + _span(lanes, k, steps))
+        _lane_at(w, k, lanes[k, L_T0] + _span(lanes, k, steps))
 
 
-@_compiled
-def _tighten(
-    d: int, t: int, seen: int, lanes: Any, phases: Any, decode: Any, tree: Any, when: Any, lane_source: int
-) -> None:
-    """Cut every lane of decode instance d, so that its slack is what is free now."""
-    for k in range(decode[d, D_LANE], decode[d, D_LANE] + decode[d, D_PP]):
-        _cut(k, t, seen, lanes, phases, decode, tree, when, lane_source)
-
-
-@_compiled
-def _join(
-    r: int,
-    d: int,
-    t: int,
-    seen: int,
-    reqs: Any,
-    lanes: Any,
-    phases: Any,
-    decode: Any,
-    tree: Any,
-    when: Any,
-    lane_source: int,
-) -> None:
-    """Deal a request to the lane with the fewest; it joins at that lane's next boundary."""
-    k = decode[d, D_LANE]
-    for other in range(k + 1, k + decode[d, D_PP]):
-        if lanes[other, L_COUNT] < lanes[k, L_COUNT]:
-            k = other
-    lanes[k, L_COUNT] += 1
-    reqs[r, NXT] = -1
-    if lanes[k, L_JHEAD] < 0:
-        lanes[k, L_JHEAD] = r
-    else:
-        reqs[lanes[k, L_JTAIL], NXT] = r
-    lanes[k, L_JTAIL] = r
-    if lanes[k, L_K] == 0:
-        _set(tree, when, lane_source + k, t)
-    else:
-        _cut(k, t, seen, lanes, phases, decode, tree, when, lane_source)
-
-
-@_compiled
-def _admit(
-    d: int, t: int, seen: int, reqs: Any, lanes: Any, phases: Any, decode: Any, tree: Any, when: Any,
-    lane_source: int, moved_source: int, ticks_per_token: float, latency_ticks: float,
-) -> None:  # fmt: skip
-    """Admit waiting requests, first come first, while the blocks of the first one are free."""
-    tight = False
-    while decode[d, D_WHEAD] >= 0:
-        r = decode[d, D_WHEAD]
-        need = _blocks(reqs[r, INPUT] + reqs[r, DONE] + 1)
-        if need > decode[d, D_SLACK] and not tight:
-            _tighten(d, t, seen, lanes, phases, decode, tree, when, lane_source)
-            tight = True
-        if need > decode[d, D_SLACK]:
+@inlined
+def _wake(w: World, i: int, t: int, seen: int) -> None:
+    """There may be new work: an idle lane begins when the first stage is free; else the plan is cut."""
+    first = w.insts[i, I_LANE]
+    for k in range(first, first + w.insts[i, I_PP]):
+        if w.when[_source(w, k)] == NEVER:
+            _lane_at(w, k, max(t, w.lanes[first, L_STAGE_FREE]))
             return
-        decode[d, D_SLACK] -= need
-        decode[d, D_WHEAD] = reqs[r, NXT]
-        if reqs[r, JOIN] >= 0 or latency_ticks < 0:
-            if reqs[r, MOVED] < 0:
-                reqs[r, MOVED] = t
-            _join(r, d, t, seen, reqs, lanes, phases, decode, tree, when, lane_source)
-            continue
-        end = max(t, decode[d, D_LINK]) + max(
-            1, int(np.rint(reqs[r, INPUT] * ticks_per_token + latency_ticks))
-        )
-        decode[d, D_LINK] = end
-        reqs[r, MOVED] = end
-        reqs[r, NXT] = -1
-        if decode[d, D_THEAD] < 0:
-            decode[d, D_THEAD] = r
-            _set(tree, when, moved_source + d, end)
-        else:
-            reqs[decode[d, D_TTAIL], NXT] = r
-        decode[d, D_TTAIL] = r
+    _cut(w, i, t, seen)
 
 
-@_compiled
-def _to_decode(
-    r: int, t: int, reqs: Any, lanes: Any, phases: Any, decode: Any, loads: Any, tree: Any, when: Any,
-    lane_source: int, moved_source: int, ticks_per_token: float, latency_ticks: float,
-) -> None:  # fmt: skip
-    """Hand a prefilled request to the decode instance that holds the fewest tokens."""
-    d = 0
-    if len(loads) > 1:
-        for i in range(len(loads)):
-            tokens = decode[i, D_OUTSIDE]
-            for k in range(decode[i, D_LANE], decode[i, D_LANE] + decode[i, D_PP]):
-                if lanes[k, L_K] > 0:
-                    tokens += lanes[k, L_C] + lanes[k, L_B] * (_steps_until(lanes, k, t) - 1)
-            loads[i] = tokens
-        d = _choose_decode(loads)
-    decode[d, D_OUTSIDE] += reqs[r, INPUT] + 1
-    reqs[r, NXT] = -1
-    if decode[d, D_WHEAD] >= 0:
-        reqs[decode[d, D_WTAIL], NXT] = r
-        decode[d, D_WTAIL] = r
+@compiled
+def _join(w: World, r: int, i: int, t: int, seen: int) -> None:
+    """Deal a request to the lane with the fewest; it joins when that lane's next step begins."""
+    first = w.insts[i, I_LANE]
+    k = first
+    for other in range(first + 1, first + w.insts[i, I_PP]):
+        if w.lanes[other, L_COUNT] < w.lanes[k, L_COUNT]:
+            k = other
+    w.lanes[k, L_COUNT] += 1
+    append(w.reqs, w.lanes, k, L_JHEAD, r)
+    if w.when[_source(w, k)] == NEVER:
+        _lane_at(w, k, max(t, w.lanes[first, L_STAGE_FREE]))
     else:
-        decode[d, D_WHEAD] = r
-        decode[d, D_WTAIL] = r
-        _admit(
-            d, t, -1, reqs, lanes, phases, decode, tree, when, lane_source, moved_source, ticks_per_token, latency_ticks
-        )  # fmt: skip
+        _cut(w, i, t, seen)
 
 
-@_compiled
-def _boundary(
-    k: int, t: int, seen: int, reqs: Any, lanes: Any, phases: Any, heaps: Any, decode: Any, tree: Any, when: Any,
-    knots: Any, values: Any, sizes: Any, quad: Any, base: Any, ctx: Any,
-    lane_source: int, moved_source: int, ticks_per_token: float, latency_ticks: float, first_from_decode: bool,
-) -> None:  # fmt: skip
-    """A lane's plan has run to its end, or an idle lane gets work: ends, joins, grows, preempts, plans."""
-    d = lanes[k, L_DECODE]
+# --------------------------------------------------------------------------------------------- between instances
+
+
+@inlined
+def _queue_prompt(w: World, r: int, t: int, seen: int) -> None:
+    p = w.reqs[r, PREFILLER]
+    first = w.insts[p, I_QHEAD] < 0
+    append(w.reqs, w.insts, p, I_QHEAD, r)
+    if first:
+        _wake(w, p, t, seen)
+
+
+@compiled
+def _transfer(w: World, r: int, i: int, t: int) -> None:
+    """Move a request's KV to instance i, whose link takes one at a time."""
+    begin = min(t, w.reqs[r, READY])
+    end = max(begin, w.insts[i, I_LINK]) + _move_ticks(w, w.reqs[r, INPUT])
+    if w.overlap:
+        end = max(end, t + _move_ticks(w, min(16, w.reqs[r, INPUT])))
+    w.insts[i, I_LINK] = end
+    w.reqs[r, MOVED] = end
+    if w.insts[i, I_THEAD] < 0:
+        schedule(w.tree, w.when, _TRANSFERS + i, end)
+    append(w.reqs, w.insts, i, I_THEAD, r)
+
+
+@compiled
+def _admit(w: World, i: int, t: int, seen: int) -> None:
+    """Admit for decode while the first one's blocks are free: the preempted, then who waits, in order."""
+    reqs, insts = w.reqs, w.insts
+    tight = False
+    while True:
+        chain = I_BHEAD if insts[i, I_BHEAD] >= 0 else I_WHEAD
+        r = insts[i, chain]
+        if r < 0:
+            return
+        need = _blocks(reqs[r, INPUT] + reqs[r, DONE] + 1)
+        if need > insts[i, I_SLACK] and not tight:
+            _cut(w, i, t, seen)
+            tight = True
+        if need > insts[i, I_SLACK]:
+            return
+        insts[i, I_SLACK] -= need
+        insts[i, chain] = reqs[r, NXT]
+        if chain == I_BHEAD:
+            _join(w, r, i, t, seen)
+        elif w.latency_ticks < 0:
+            reqs[r, MOVED] = t
+            _join(w, r, i, t, seen)
+        elif w.pushes:
+            _queue_prompt(w, r, t, seen)
+        else:
+            _transfer(w, r, i, t)
+
+
+@inlined
+def _release(w: World, i: int, blocks: int, t: int, seen: int) -> None:
+    """Blocks of instance i are free again."""
+    insts = w.insts
+    insts[i, I_SLACK] += blocks
+    if (insts[i, I_BHEAD] >= 0 or insts[i, I_WHEAD] >= 0) and not w.inline:
+        _admit(w, i, t, seen)
+    if insts[i, I_QHEAD] >= 0:
+        _wake(w, i, t, seen)
+
+
+@inlined
+def _measure(w: World, t: int, seen: int) -> None:
+    """KV tokens of each instance that may decode, as they are now, in `loads`."""
+    lanes = w.lanes
+    first = len(w.insts) - len(w.loads)
+    for j in range(len(w.loads)):
+        i = first + j
+        tokens = w.insts[i, I_OUTSIDE]
+        for k in range(w.insts[i, I_LANE], w.insts[i, I_LANE] + w.insts[i, I_PP]):
+            tokens += lanes[k, L_C]
+            if lanes[k, L_K] > 1:
+                tokens += lanes[k, L_B] * (_steps_until(lanes, k, t + 1 if k <= seen else t) - 1)
+        w.loads[j] = tokens
+
+
+@compiled
+def _decode_instance(w: World, r: int, t: int, seen: int) -> Any:
+    """The instance that is to decode a request: the one with the fewest KV tokens, as its router sees them."""
+    first = len(w.insts) - len(w.loads)
+    if len(w.loads) == 1:
+        return first
+    if w.view_ticks == 0:
+        _measure(w, t, seen)
+    else:
+        router = 1 + r % (len(w.views) - 1)
+        for j in range(len(w.loads)):
+            w.loads[j] = w.views[0, len(w.queued) + j] + w.views[router, len(w.queued) + j]
+    j = _choose_decode(w.loads)
+    if w.view_ticks > 0:
+        w.views[1 + r % (len(w.views) - 1), len(w.queued) + j] += w.reqs[r, INPUT] + 1
+    return first + j
+
+
+@inlined
+def _prefill_instance(w: World, r: int) -> Any:
+    """The instance that is to prefill a request: the one with the shortest queue, as its router sees it."""
+    if w.view_ticks == 0:
+        return _choose_prefill(w.queued, w.pace)
+    router = 1 + r % (len(w.views) - 1)
+    for p in range(len(w.queued)):
+        w.sight[p] = w.views[0, p] + w.views[router, p]
+    p = _choose_prefill(w.sight, w.pace)
+    w.views[router, p] += w.reqs[r, INPUT]
+    return p
+
+
+@inlined
+def _look(w: World, t: int) -> None:
+    """The routers' common snapshot of all loads, at an instant before anything else happens at it."""
+    _measure(w, t, -1)
+    for p in range(len(w.queued)):
+        w.views[0, p] = w.queued[p]
+    for j in range(len(w.loads)):
+        w.views[0, len(w.queued) + j] = w.loads[j]
+    for router in range(1, len(w.views)):
+        for x in range(w.views.shape[1]):
+            w.views[router, x] = 0
+
+
+@compiled
+def _wait_for_decode(w: World, r: int, d: int, t: int, seen: int) -> None:
+    """Request r is assigned to instance d for decode, and waits there for blocks."""
+    first = w.insts[d, I_WHEAD] < 0
+    append(w.reqs, w.insts, d, I_WHEAD, r)
+    if first:
+        if w.inline:
+            _wake(w, d, t, seen)
+        else:
+            _admit(w, d, t, seen)
+
+
+@compiled
+def _prefilled(w: World, r: int, i: int, ready: int, t: int, seen: int) -> bool:
+    """The last of a prompt is computed. Whether that freed blocks of instance i."""
+    reqs, insts = w.reqs, w.insts
+    w.queued[i] -= reqs[r, INPUT]
+    last = reqs[r, STEPS] == 0
+    if last or not w.first_from_decode:
+        reqs[r, FIRST] = t
+    if last:
+        reqs[r, LAST] = t
+        insts[i, I_SLACK] += _held(w, i, r)
+        return True
+    if w.overlap:
+        reqs[r, READY] = ready
+    if w.pushes:
+        _transfer(w, r, reqs[r, DECODER], t)
+        return False
+    d = i
+    if not w.sticky:
+        d = _decode_instance(w, r, t, seen)
+        if (
+            d != i and insts[i, I_DECODES]
+        ):  # it may stay; so it never waits for a full one, which may wait for this
+            need = _blocks(reqs[r, INPUT] + 1)
+            if need > insts[d, I_SLACK]:
+                _cut(w, d, t, seen)
+            if need > insts[d, I_SLACK] or insts[d, I_WHEAD] >= 0 or insts[d, I_BHEAD] >= 0:
+                d = i
+    insts[d, I_OUTSIDE] += reqs[r, INPUT] + 1
+    if d == i:
+        reqs[r, MOVED] = t
+        _join(w, r, i, t, seen)
+    else:
+        _wait_for_decode(w, r, d, t, seen)
+        reqs[r, READY] = NEVER
+    return False
+
+
+# ------------------------------------------------------------------------------------------------ one lane's step
+
+
+@inlined
+def _end(w: World, k: int, i: int, t: int, seen: int) -> None:
+    """A lane's plan has run to its end: requests end, prompts are done, what was pulled is there."""
+    reqs, lanes, insts = w.reqs, w.lanes, w.insts
     now = lanes[k, L_N] + lanes[k, L_K]
     lanes[k, L_N] = now
     lanes[k, L_C] += lanes[k, L_B] * lanes[k, L_K]
     lanes[k, L_K] = 0
-
-    ended = False
-    while lanes[k, L_B] > 0 and heaps[k, 0] >> _ID_BITS <= now:
-        r = heaps[k, 0] & _ID_MASK
-        _remove(heaps, k, lanes[k, L_B], 0)
+    freed = False
+    while lanes[k, L_B] > 0 and w.heaps[k, 0] >> _ID_BITS <= now:
+        r = w.heaps[k, 0] & _ID_MASK
+        remove(w.heaps, k, lanes[k, L_B], 0)
         if reqs[r, NXT] >= 0:
             reqs[reqs[r, NXT], PRV] = reqs[r, PRV]
         else:
@@ -334,47 +463,96 @@ def _boundary(
         lanes[k, L_B] -= 1
         lanes[k, L_COUNT] -= 1
         lanes[k, L_C] -= tokens + 1
-        phases[k, (tokens + 1 - now) & 15] -= 1
-        decode[d, D_SLACK] += _blocks(tokens)
+        lanes[k, L_PHASE + ((tokens + 1 - now) & 15)] -= 1
+        insts[i, I_SLACK] += _blocks(tokens)
         reqs[r, LAST] = t
-        ended = True
-    if ended and decode[d, D_WHEAD] >= 0:
-        _admit(
-            d, t, seen, reqs, lanes, phases, decode, tree, when, lane_source, moved_source, ticks_per_token, latency_ticks
-        )  # fmt: skip
-
-    needed = phases[k, (1 - now) & 15]
-    extra = 0
-    r = lanes[k, L_JHEAD]
+        freed = True
+    r = lanes[k, L_ENDING]
+    lanes[k, L_ENDING] = -1
     while r >= 0:
         after = reqs[r, NXT]
-        reqs[r, JOIN] = now
-        if reqs[r, BEGUN] < 0:
-            reqs[r, BEGUN] = t
-        extra += reqs[r, EXTRA]
-        tokens = reqs[r, INPUT] + reqs[r, DONE] + 1
-        decode[d, D_OUTSIDE] -= tokens
-        lanes[k, L_C] += tokens
-        phases[k, (tokens - now) & 15] += 1
-        _push(heaps, k, lanes[k, L_B], ((now + reqs[r, STEPS] - reqs[r, DONE]) << _ID_BITS) | r)
-        lanes[k, L_B] += 1
-        reqs[r, PRV] = lanes[k, L_TAIL]
-        reqs[r, NXT] = -1
-        if lanes[k, L_TAIL] >= 0:
-            reqs[lanes[k, L_TAIL], NXT] = r
-        lanes[k, L_TAIL] = r
+        if _prefilled(w, r, i, lanes[k, L_LAST_STAGE], t, seen):
+            freed = True
         r = after
-    lanes[k, L_JHEAD] = -1
+    r = lanes[k, L_PULL]
+    if r >= 0:
+        lanes[k, L_PULL] = -1
+        reqs[r, MOVED] = t
+        insts[i, I_PULLED] += _blocks(reqs[r, INPUT])
+        lanes[k, L_COUNT] += 1
+        append(reqs, lanes, k, L_JHEAD, r)
+        _release(w, reqs[r, PREFILLER], _held(w, reqs[r, PREFILLER], r), t, seen)
+    if freed and not w.inline and (insts[i, I_BHEAD] >= 0 or insts[i, I_WHEAD] >= 0):
+        _admit(w, i, t, seen)
 
-    if needed > decode[d, D_SLACK]:
-        _tighten(d, t, seen, lanes, phases, decode, tree, when, lane_source)
-    while needed > decode[d, D_SLACK]:
+
+@inlined
+def _pulls(w: World, i: int) -> bool:
+    """Whether an instance that pulls in its loop takes the first that waits."""
+    r = w.insts[i, I_WHEAD]
+    return bool(
+        w.inline
+        and r >= 0
+        and w.insts[i, I_PULLED] < w.insts[i, I_MARK]
+        and _blocks(w.reqs[r, INPUT] + 1) <= w.insts[i, I_SLACK]
+    )
+
+
+@compiled
+def _enter(w: World, r: int, k: int, t: int) -> int:
+    """Request r enters the lane's batch; returns the ticks of a stage that it owes."""
+    reqs, lanes = w.reqs, w.lanes
+    now = lanes[k, L_N]
+    reqs[r, JOIN] = now
+    if reqs[r, BEGUN] < 0:
+        reqs[r, BEGUN] = t
+    tokens = reqs[r, INPUT] + reqs[r, DONE] + 1
+    w.insts[lanes[k, L_INSTANCE], I_OUTSIDE] -= tokens
+    lanes[k, L_C] += tokens
+    lanes[k, L_PHASE + ((tokens - now) & 15)] += 1
+    if tokens & 15 == 1:
+        lanes[k, L_FRESH] += 1
+    push(w.heaps, k, lanes[k, L_B], ((now + reqs[r, STEPS] - reqs[r, DONE]) << _ID_BITS) | r)
+    lanes[k, L_B] += 1
+    reqs[r, PRV] = lanes[k, L_TAIL]
+    reqs[r, NXT] = -1
+    if lanes[k, L_TAIL] >= 0:
+        reqs[lanes[k, L_TAIL], NXT] = r
+    lanes[k, L_TAIL] = r
+    owed: int = reqs[r, OWED]
+    return owed
+
+
+@compiled
+def _gather(w: World, k: int, i: int, t: int) -> int:
+    """All who are to join the lane do; returns the ticks that they owe."""
+    owed = 0
+    r = w.lanes[k, L_JHEAD]
+    while r >= 0:
+        after = w.reqs[r, NXT]
+        if w.inline:
+            w.insts[i, I_PULLED] -= _blocks(w.reqs[r, INPUT])
+        owed += _enter(w, r, k, t)
+        r = after
+    w.lanes[k, L_JHEAD] = -1
+    return owed
+
+
+@inlined
+def _grow(w: World, c: Costs, k: int, i: int) -> int:
+    """Take the blocks of the batch's next step; where they are not free, preempt the last of the batch, and
+    again until they are. Returns the ticks that this adds to the step (or takes away with who owed them)."""
+    reqs, lanes, insts = w.reqs, w.lanes, w.insts
+    now = lanes[k, L_N]
+    needed = lanes[k, L_PHASE + ((1 - now) & 15)] - lanes[k, L_FRESH]
+    extra = 0
+    while needed > insts[i, I_SLACK]:
         r = lanes[k, L_TAIL]
         key = ((reqs[r, JOIN] + reqs[r, STEPS] - reqs[r, DONE]) << _ID_BITS) | r
-        i = 0
-        while heaps[k, i] != key:
-            i += 1
-        _remove(heaps, k, lanes[k, L_B], i)
+        at = 0
+        while w.heaps[k, at] != key:
+            at += 1
+        remove(w.heaps, k, lanes[k, L_B], at)
         done = reqs[r, DONE] + now - reqs[r, JOIN]
         tokens = reqs[r, INPUT] + done
         lanes[k, L_TAIL] = reqs[r, PRV]
@@ -383,255 +561,300 @@ def _boundary(
         lanes[k, L_B] -= 1
         lanes[k, L_COUNT] -= 1
         lanes[k, L_C] -= tokens + 1
-        phases[k, (tokens + 1 - now) & 15] -= 1
-        decode[d, D_OUTSIDE] += tokens + 1
+        lanes[k, L_PHASE + ((tokens + 1 - now) & 15)] -= 1
+        insts[i, I_OUTSIDE] += tokens + 1
         if reqs[r, JOIN] == now:
-            decode[d, D_SLACK] += _blocks(tokens + 1)
-            extra -= reqs[r, EXTRA]
+            insts[i, I_SLACK] += _blocks(tokens + 1)
+            extra -= reqs[r, OWED]
+            if tokens & 15 == 0:
+                lanes[k, L_FRESH] -= 1
         else:
-            decode[d, D_SLACK] += _blocks(tokens)
+            insts[i, I_SLACK] += _blocks(tokens)
             if tokens & 15 == 0:
                 needed -= 1
         reqs[r, DONE] = done
-        reqs[r, EXTRA] = decode[d, D_PP] * _prefill_ticks(
-            tokens, tokens * tokens, knots, values, sizes, quad, decode[d, D_TABLE]
-        )
-        reqs[r, NXT] = decode[d, D_WHEAD]
-        if decode[d, D_WHEAD] < 0:
-            decode[d, D_WTAIL] = r
-        decode[d, D_WHEAD] = r
-    decode[d, D_SLACK] -= needed
+        if w.swap_ticks >= 0:
+            reqs[r, OWED] = _swap_ticks(w, i, tokens)
+            extra += reqs[r, OWED]
+            append(reqs, insts, i, I_BHEAD, r)
+        else:
+            reqs[r, OWED] = _prompt_ticks(c, insts[i, I_TABLE], tokens, tokens * tokens, 0, 0)
+            prepend(reqs, insts, i, I_BHEAD, r)
+    insts[i, I_SLACK] -= needed
+    return extra
 
-    size = lanes[k, L_B]
-    if size == 0:
-        _set(tree, when, lane_source + k, NEVER)
-        return
-    table = decode[d, D_TABLE]
-    last = base.shape[1] - 1
-    if size <= last:
-        fixed = base[table, size]
-        slope = ctx[table, size]
-    else:
-        fixed = base[table, last] + (base[table, last] - base[table, last - 1]) * (size - last)
-        slope = ctx[table, last]
-    lanes[k, L_T0] = t
-    lanes[k, L_EXTRA] = extra
-    lanes[k, L_E] = fixed + slope * lanes[k, L_C]
-    lanes[k, L_Q] = slope * size
-    lanes[k, L_STEPS] = 1
-    lanes[k, L_SPAN] = extra + lanes[k, L_E]
-    steps = (heaps[k, 0] >> _ID_BITS) - now
-    grown = _growth(phases, lanes, k, steps)
-    if grown > decode[d, D_SLACK]:
-        steps = min(steps, 1 + ((decode[d, D_SLACK] // size) << 4))
-        grown = _growth(phases, lanes, k, steps)
-        while True:
-            next_one = phases[k, (1 - now - steps) & 15]
-            if grown + next_one > decode[d, D_SLACK]:
+
+@inlined
+def _return(w: World, k: int, i: int, t: int) -> int:
+    """An engine that pulls in its loop: the preempted come back first, then who was pulled joins."""
+    reqs, lanes, insts = w.reqs, w.lanes, w.insts
+    owed = 0
+    while insts[i, I_BHEAD] >= 0:
+        r = insts[i, I_BHEAD]
+        need = _blocks(reqs[r, INPUT] + reqs[r, DONE] + 1)
+        if need > insts[i, I_SLACK]:
+            break
+        insts[i, I_SLACK] -= need
+        insts[i, I_BHEAD] = reqs[r, NXT]
+        lanes[k, L_COUNT] += 1
+        owed += _enter(w, r, k, t)
+    if insts[i, I_BHEAD] < 0 or lanes[k, L_B] == 0:
+        owed += _gather(w, k, i, t)
+    return owed
+
+
+@compiled
+def _take(w: World, k: int, i: int, t: int, budget: int) -> tuple[int, int]:
+    """Take prompts, or chunks of them, into the lane's step: tokens, Σ (chunk² + 2·chunk·tokens before it)."""
+    reqs, lanes, insts = w.reqs, w.lanes, w.insts
+    total, squares, count = 0, 0, 0
+    tail = -1
+    r = insts[i, I_QHEAD]
+    while r >= 0:
+        if insts[i, I_REQUESTS] > 0 and count >= insts[i, I_REQUESTS]:
+            break
+        chunk = reqs[r, INPUT] - reqs[r, PAST]
+        if insts[i, I_CHUNKED]:
+            chunk = min(chunk, budget - total)
+            if chunk <= 0:
                 break
-            grown += next_one
-            steps += 1
-    decode[d, D_SLACK] -= grown
-    lanes[k, L_K] = steps
-    _set(tree, when, lane_source + k, t + _span(lanes, k, steps))
-    if first_from_decode:
+        elif count > 0 and total + chunk > budget:
+            break
+        if reqs[r, START] < 0:
+            held = _held(w, i, r)
+            if held > insts[i, I_SLACK]:
+                break
+            if insts[i, I_DECODES] and (insts[i, I_BHEAD] >= 0 or insts[i, I_WHEAD] >= 0):
+                break
+            insts[i, I_SLACK] -= held
+            reqs[r, START] = t
+        squares += chunk * (chunk + 2 * reqs[r, PAST])
+        reqs[r, PAST] += chunk
+        total += chunk
+        count += 1
+        if reqs[r, PAST] < reqs[r, INPUT]:
+            break
+        if tail < 0:
+            lanes[k, L_ENDING] = r
+        tail = r
+        r = reqs[r, NXT]
+    if tail >= 0:
+        reqs[tail, NXT] = -1
+    insts[i, I_QHEAD] = r
+    return total, squares
+
+
+@inlined
+def _begin(w: World, c: Costs, k: int, i: int, t: int, seen: int) -> None:
+    """The lane's next step: who joins, grows, is preempted; prompts; how long it lasts and how often."""
+    reqs, lanes, insts = w.reqs, w.lanes, w.insts
+    first, pp = insts[i, I_LANE], insts[i, I_PP]
+    if pp > 1 and lanes[first, L_STAGE_FREE] > t:
+        work = lanes[k, L_B] > 0 or lanes[k, L_JHEAD] >= 0 or insts[i, I_QHEAD] >= 0
+        work = work or (w.inline and (insts[i, I_WHEAD] >= 0 or insts[i, I_BHEAD] >= 0))
+        _lane_at(w, k, lanes[first, L_STAGE_FREE] if work else NEVER)
+        return
+    if _pulls(w, i):
+        r = insts[i, I_WHEAD]
+        insts[i, I_WHEAD] = reqs[r, NXT]
+        insts[i, I_SLACK] -= _blocks(reqs[r, INPUT] + 1)
+        lanes[k, L_PULL] = r
+        lanes[k, L_RUNNING] = 1
+        end = t + _move_ticks(w, reqs[r, INPUT])
+        lanes[first, L_STAGE_FREE] = end
+        _lane_at(w, k, end)
+        return
+
+    extra = 0
+    if not w.inline:
+        extra += _gather(w, k, i, t)
+    total, squares, size = 0, 0, 0
+    if insts[i, I_QHEAD] >= 0 and not insts[i, I_CHUNKED]:
+        total, squares = _take(w, k, i, t, insts[i, I_TOKENS])
+    if total == 0:
+        extra += _grow(w, c, k, i)
+        if w.inline:
+            extra += _return(w, k, i, t)
+        size = lanes[k, L_B]
+        if insts[i, I_QHEAD] >= 0 and insts[i, I_CHUNKED]:
+            total, squares = _take(w, k, i, t, insts[i, I_TOKENS] - size)
+    if total == 0 and size == 0:
+        _lane_at(w, k, NEVER)
+        return
+
+    now = lanes[k, L_N]
+    if extra > 0:  # is paid with this step
+        r = lanes[k, L_TAIL]
+        while r >= 0 and reqs[r, JOIN] == now:
+            reqs[r, OWED] = 0
+            r = reqs[r, PRV]
+    table = insts[i, I_TABLE]
+    last = c.base.shape[1] - 1
+    fixed, slope = 0, 0
+    if size > 0:
+        if size <= last:
+            fixed = c.base[table, size]
+            slope = c.ctx[table, size]
+        else:
+            fixed = c.base[table, last] + (c.base[table, last] - c.base[table, last - 1]) * (size - last)
+            slope = c.ctx[table, last]
+        lanes[k, L_FRESH] = 0
+    if total > 0:
+        extra += _prompt_ticks(c, table, total, squares, size, fixed)
+    one = extra + fixed + slope * lanes[k, L_C]
+    end = t + one
+    lanes[k, L_RUNNING] = 1
+    lanes[k, L_LAST_STAGE] = t
+    if pp > 1:
+        lanes[first, L_STAGE_FREE] = end
+        for stage in range(1, pp):
+            lanes[k, L_LAST_STAGE] = max(end, lanes[first + stage, L_STAGE_FREE])
+            end = lanes[k, L_LAST_STAGE] + one
+            lanes[first + stage, L_STAGE_FREE] = end
+    if w.first_from_decode and size > 0:
         r = lanes[k, L_TAIL]
         while r >= 0 and reqs[r, JOIN] == now:
             if reqs[r, FIRST] < 0:
-                reqs[r, FIRST] = t + _span(lanes, k, 1)
+                reqs[r, FIRST] = end
             r = reqs[r, PRV]
+    steps = 1 if size > 0 else 0
+    if steps > 0 and pp == 1 and total == 0 and not _pulls(w, i):
+        lanes[k, L_T0] = t
+        lanes[k, L_EXTRA] = extra
+        lanes[k, L_E] = fixed + slope * lanes[k, L_C]
+        lanes[k, L_Q] = slope * size
+        lanes[k, L_STEPS] = 1
+        lanes[k, L_SPAN] = one
+        steps = (w.heaps[k, 0] >> _ID_BITS) - now
+        grown = _growth(lanes, k, steps)
+        if grown > insts[i, I_SLACK]:
+            steps = min(steps, 1 + ((insts[i, I_SLACK] // size) << 4))
+            grown = _growth(lanes, k, steps)
+            while True:
+                next_one = lanes[k, L_PHASE + ((1 - now - steps) & 15)]
+                if grown + next_one > insts[i, I_SLACK]:
+                    break
+                grown += next_one
+                steps += 1
+        insts[i, I_SLACK] -= grown
+        end = t + _span(lanes, k, steps)
+    lanes[k, L_K] = steps
+    _lane_at(w, k, end)
+    if pp > 1 and total > 0 and insts[i, I_QHEAD] >= 0:
+        _wake(w, i, t, seen)
 
 
-Table = npt.NDArray[np.int64]
+# ----------------------------------------------------------------------------------------------------- everything
 
 
-def tables(prefill: Table, decode: Table, heap_size: int) -> tuple[Table, ...]:
-    """The kernel's own tables for these instances, in the order in which `serve` takes them. Fills in D_LANE.
+def lay_out(insts: Table, heap_size: int) -> tuple[Table, ...]:
+    """The kernel's lanes, heaps, tree and times of events for these instances. Fills in I_LANE.
 
     They are made here because compiled code that makes no array needs no reference counts (`_nrt`), which took
     half of its time.
     """
-    prefills, decodes = len(prefill), len(decode)
-    lanes_of = decode[:, D_PP]
-    decode[:, D_LANE] = np.cumsum(lanes_of) - lanes_of
+    insts[:, [column + tail for column in I_CHAINS for tail in (0, 1)]] = -1
+    lanes_of = insts[:, I_PP]
+    insts[:, I_LANE] = np.cumsum(lanes_of) - lanes_of
     count = int(lanes_of.sum())
     lanes = np.zeros((count, LANE_COLUMNS), np.int64)
-    lanes[:, L_DECODE] = np.repeat(np.arange(decodes), lanes_of)
-    lanes[:, [L_TAIL, L_JHEAD]] = -1
-    phases = np.zeros((count, 16), np.int64)
-    heaps = np.empty((count, heap_size), np.int64)
-    free_at = np.zeros((prefills, int(prefill[:, P_PP].max(initial=1))), np.int64)
-    width = 1 << (2 * prefills + decodes + count).bit_length()
-    when = np.full(width, NEVER, np.int64)
-    tree = np.zeros(2 * width, np.int64)
-    return (
-        lanes,
-        phases,
-        heaps,
-        free_at,
-        np.zeros(prefills, np.int64),
-        np.zeros(decodes, np.int64),
-        when,
-        tree,
-    )
+    lanes[:, L_INSTANCE] = np.repeat(np.arange(len(insts)), lanes_of)
+    lanes[:, [L_TAIL, L_JHEAD, L_JTAIL, L_ENDING, L_PULL]] = -1
+    width = 1 << (_TRANSFERS + len(insts) + count - 1).bit_length()
+    tree, when = np.empty(2 * width, np.int64), np.full(width, NEVER, np.int64)
+    return lanes, np.empty((count, heap_size), np.int64), tree, when
 
 
-@_cached
-def serve(
-    requests: Any, times: Any, reqs: Any, prefill: Any, decode: Any, lanes: Any, phases: Any, heaps: Any, free_at: Any,
-    queued: Any, loads: Any, when: Any, tree: Any, knots: Any, values: Any, sizes: Any, quad: Any, base: Any, ctx: Any,
-    ticks_per_token: float, latency_ticks: float, first_from_decode: bool,
-) -> int:  # fmt: skip
+@cached
+def serve(w: World, c: Costs, requests: Any, times: Any) -> int:
     """Serve the requests; fills in `times`; returns the number of events.
 
-    requests int64 [3, n]: arrival ns, not falling; prompt tokens; decode steps, -1 = fits nowhere. times int64
-    [5, n]: ns of prefill start, first token, end of transfer, decode start, last token; -1 where it never happened.
+    requests int64 [4, n]: arrival ns, not falling; prompt tokens; decode steps, -1 = fits nowhere; prompt tokens
+    that need no compute. times int64 [5, n]: ns of prefill start, first token, end of transfer, decode start,
+    last token; -1 where it never happened.
 
-    With no prefill instance requests arrive at the decode side. A negative latency: KV needs no transfer. With no
-    decode instance every request ends at its prefill's end.
-
-    int64: reqs [n, REQUEST_COLUMNS] (as it comes), prefill [p, PREFILL_COLUMNS], decode [d, DECODE_COLUMNS], those of `tables`,
-    sizes [shapes], base and ctx [shapes, batches] in ticks; float64 ns: knots, values [shapes, knots],
-    quad [shapes].
+    With no instance that may prefill requests arrive at the decode side. With none that may decode every request
+    ends at its prefill's end.
     """
-    n, prefills, decodes, width = len(reqs), len(prefill), len(decode), len(when)
-    ended_source = 1
-    moved_source = ended_source + prefills
-    lane_source = moved_source + decodes
-    start_source = lane_source + len(lanes)
+    reqs, insts = w.reqs, w.insts
+    n, prefills = len(reqs), len(w.queued)
+    lane_source = _TRANSFERS + len(insts)
+    width = len(w.when)
     for i in range(width):
-        tree[width + i] = i
+        w.tree[width + i] = i
     for i in range(width - 1, 0, -1):
-        tree[i] = tree[2 * i]
+        w.tree[i] = w.tree[2 * i]
     origin = requests[0, 0] if n else 0
     for r in range(n):
         for column in range(REQUEST_COLUMNS):
             reqs[r, column] = -1
-        reqs[r, ARRIVAL] = (requests[0, r] - origin) * TICKS
         reqs[r, INPUT] = requests[1, r]
         reqs[r, STEPS] = requests[2, r]
+        reqs[r, PAST] = requests[3, r]
         reqs[r, DONE] = 0
-        reqs[r, EXTRA] = 0
+        reqs[r, OWED] = 0
+        reqs[r, READY] = NEVER
     coming = 0
     while coming < n and reqs[coming, STEPS] < 0:
         coming += 1
     if coming < n:
-        _set(tree, when, 0, reqs[coming, ARRIVAL])
+        schedule(w.tree, w.when, _ARRIVALS, (requests[0, coming] - origin) * TICKS)
+        if w.view_ticks > 0:
+            schedule(w.tree, w.when, _VIEW, w.view_ticks)
 
     events = 0
     seen, seen_at = -1, -1
     while True:
-        source = tree[1]
-        t = when[source]
+        source = w.tree[1]
+        t = w.when[source]
         if t == NEVER:
             break
         events += 1
-        if source >= start_source:
-            p = source - start_source
-            free = prefill[p, P_FREE]
-            total, squares, count = 0, 0, 0
-            head = prefill[p, P_HEAD]
-            r = head
-            while r >= 0:
-                tokens = reqs[r, INPUT]
-                if _blocks(tokens) > free or (count > 0 and total + tokens > prefill[p, P_BATCH]):
-                    break
-                free -= _blocks(tokens)
-                total += tokens
-                squares += tokens * tokens
-                count += 1
-                reqs[r, START] = t
-                r = reqs[r, NXT]
-            if count == 0:  # blocked until a transfer frees blocks
-                _set(tree, when, source, NEVER)
-                continue
-            prefill[p, P_FREE] = free
-            prefill[p, P_HEAD] = r
-            ticks = _prefill_ticks(total, squares, knots, values, sizes, quad, prefill[p, P_TABLE])
-            end = t
-            for stage in range(prefill[p, P_PP]):
-                end = max(end, free_at[p, stage]) + ticks
-                free_at[p, stage] = end
-            reqs[head, EXTRA] = end
-            reqs[head, BATCH] = count
-            if prefill[p, P_RUN] < 0:
-                prefill[p, P_RUN] = head
-                _set(tree, when, ended_source + p, end)
-            _set(tree, when, source, free_at[p, 0] if r >= 0 else NEVER)
-        elif source >= lane_source:
+        if source >= lane_source:
             k = source - lane_source
             seen = max(seen, k) if seen_at == t else k
             seen_at = t
-            _boundary(
-                k, t, seen, reqs, lanes, phases, heaps, decode, tree, when, knots, values, sizes, quad,
-                base, ctx, lane_source, moved_source, ticks_per_token, latency_ticks, first_from_decode,
-            )  # fmt: skip
-        elif source >= moved_source:
-            d = source - moved_source
-            r = decode[d, D_THEAD]
-            decode[d, D_THEAD] = reqs[r, NXT]
-            _set(tree, when, source, reqs[reqs[r, NXT], MOVED] if reqs[r, NXT] >= 0 else NEVER)
-            if prefills:
-                p = reqs[r, SOURCE]
-                prefill[p, P_FREE] += _blocks(reqs[r, INPUT])
-                if prefill[p, P_HEAD] >= 0 and when[start_source + p] == NEVER:
-                    _set(tree, when, start_source + p, max(t, free_at[p, 0]))
-            _join(r, d, t, -1, reqs, lanes, phases, decode, tree, when, lane_source)
-        elif source >= ended_source:
-            p = source - ended_source
-            r = prefill[p, P_RUN]
-            freed = False
-            for _ in range(reqs[r, BATCH]):
-                after = reqs[r, NXT]
-                queued[p] -= reqs[r, INPUT]
-                reqs[r, EXTRA] = 0
-                if not first_from_decode or reqs[r, STEPS] == 0:
-                    reqs[r, FIRST] = t
-                if reqs[r, STEPS] == 0:
-                    reqs[r, LAST] = t
-                    prefill[p, P_FREE] += _blocks(reqs[r, INPUT])
-                    freed = True
-                else:
-                    _to_decode(
-                        r, t, reqs, lanes, phases, decode, loads, tree, when, lane_source, moved_source,
-                        ticks_per_token, latency_ticks,
-                    )  # fmt: skip
-                r = after
-            if r < 0:
-                prefill[p, P_TAIL] = -1
-            prefill[p, P_RUN] = -1 if r == prefill[p, P_HEAD] else r
-            _set(tree, when, source, reqs[r, EXTRA] if prefill[p, P_RUN] >= 0 else NEVER)
-            if freed and prefill[p, P_HEAD] >= 0 and when[start_source + p] == NEVER:
-                _set(tree, when, start_source + p, max(t, free_at[p, 0]))
-        else:
+            i = w.lanes[k, L_INSTANCE]
+            if w.lanes[k, L_RUNNING]:
+                w.lanes[k, L_RUNNING] = 0
+                _end(w, k, i, t, seen)
+            _begin(w, c, k, i, t, seen)
+        elif source >= _TRANSFERS:
+            i = source - _TRANSFERS
+            r = insts[i, I_THEAD]
+            insts[i, I_THEAD] = reqs[r, NXT]
+            schedule(w.tree, w.when, source, reqs[reqs[r, NXT], MOVED] if reqs[r, NXT] >= 0 else NEVER)
+            _release(w, reqs[r, PREFILLER], _held(w, reqs[r, PREFILLER], r), t, -1)
+            _join(w, r, i, t, -1)
+        elif source == _ARRIVALS:
             r = coming
             coming += 1
             while coming < n and reqs[coming, STEPS] < 0:
                 coming += 1
-            _set(tree, when, 0, reqs[coming, ARRIVAL] if coming < n else NEVER)
+            schedule(w.tree, w.when, source, (requests[0, coming] - origin) * TICKS if coming < n else NEVER)
             if prefills:
-                p = _choose_prefill(queued)
-                queued[p] += reqs[r, INPUT]
-                reqs[r, SOURCE] = p
-                reqs[r, NXT] = -1
-                if prefill[p, P_TAIL] >= 0:
-                    reqs[prefill[p, P_TAIL], NXT] = r
-                prefill[p, P_TAIL] = r
-                if prefill[p, P_HEAD] < 0:
-                    prefill[p, P_HEAD] = r
-                    _set(tree, when, start_source + p, max(t, free_at[p, 0]))
+                p = _prefill_instance(w, r)
+                w.queued[p] += reqs[r, INPUT]
+                reqs[r, PREFILLER] = p
             else:
                 reqs[r, FIRST] = t
-                if reqs[r, STEPS] == 0:
-                    reqs[r, LAST] = t
-                else:
-                    _to_decode(
-                        r, t, reqs, lanes, phases, decode, loads, tree, when, lane_source, moved_source,
-                        ticks_per_token, latency_ticks,
-                    )  # fmt: skip
+            if reqs[r, STEPS] > 0 and (w.pushes or not prefills):
+                d = _decode_instance(w, r, t, -1)
+                reqs[r, DECODER] = d
+                insts[d, I_OUTSIDE] += reqs[r, INPUT] + 1
+                _wait_for_decode(w, r, d, t, -1)
+            elif prefills:
+                _queue_prompt(w, r, t, -1)
+            else:
+                reqs[r, LAST] = t
+        else:
+            _look(w, t)
+            schedule(w.tree, w.when, source, NEVER)
+            if w.when[w.tree[1]] < NEVER:
+                schedule(w.tree, w.when, source, t + w.view_ticks)
 
     for r in range(n):
-        for i, column in enumerate((START, FIRST, MOVED, BEGUN, LAST)):
+        for row, column in enumerate((START, FIRST, MOVED, BEGUN, LAST)):
             ticks = reqs[r, column]
-            times[i, r] = -1 if ticks < 0 else ticks // TICKS + origin
+            times[row, r] = -1 if ticks < 0 else ticks // TICKS + origin
     return events
