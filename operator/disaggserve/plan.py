@@ -78,7 +78,8 @@ class Facts:
 @dataclass(frozen=True)
 class Options:
     """What a search is asked beside the spec. `objective`: the fewest GPUs (or the lowest cost) for the rate, or the highest
-    goodput per GPU of the GPUs at hand. `any_engine`: the best of all engines, and what the spec's own costs."""
+    goodput per GPU of the GPUs at hand. `any_engine`: the best of all engines, and what the spec's own costs.
+    `as_published`: the search of DistServe's public code, to a resolution in req/s per GPU."""
 
     profile: latency.Profile | None = None
     objective: Literal["gpus", "goodput"] = "gpus"

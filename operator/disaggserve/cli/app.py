@@ -10,6 +10,8 @@ import typer
 
 from disaggserve import __version__
 from disaggserve.api.errors import InvalidInput
+from disaggserve.cli import options
+from disaggserve.cli.options import Output
 
 app = typer.Typer(
     name="disaggserve",
@@ -32,12 +34,6 @@ class Engine(StrEnum):
     vllm = "vllm"
     sglang = "sglang"
     any = "any"
-
-
-class Output(StrEnum):
-    table = "table"
-    json = "json"
-    yaml = "yaml"
 
 
 File = Annotated[Path, typer.Option("-f", "--file", help="Manifest of one DisaggServe; - is standard input.")]
@@ -84,8 +80,11 @@ def plan(
         bool, typer.Option("--as-published", help="The search of DistServe's public code, to reproduce it.")
     ] = False,
     resolution: Annotated[
-        float, typer.Option(help="With --as-published: where its bisection ends, req/s per GPU.")
-    ] = 0.25,
+        float | None,
+        typer.Option(
+            help="With --as-published: where its bisection ends, req/s per GPU.", show_default="0.25"
+        ),
+    ] = None,
     output: Annotated[
         Output, typer.Option("-o", "--output", help="table, json (shape of status.plan) or yaml.")
     ] = Output.table,
@@ -104,17 +103,112 @@ def plan(
 
 @app.command()
 def simulate(
-    plan: Annotated[Path, typer.Option("--plan", help="A plan as `disaggserve plan -o json` prints it.")],
-    trace: Annotated[Path, typer.Option("--trace", help="CSV with arrival_s,input_tokens,output_tokens.")],
-    output: Annotated[Output, typer.Option("-o", "--output", help="table, json or yaml.")] = Output.table,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="A plan as `disaggserve plan -o json` prints it.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option("--shape", help=options.SHAPE_HELP)] = None,
+    model: options.ModelOption = None,
+    gpu: options.GpuOption = None,
+    engine: options.EngineOption = None,
+    link: options.LinkOption = None,
+    profile: options.ProfileOption = None,
+    ttft: options.TtftOption = None,
+    tpot: options.TpotOption = None,
+    attainment: options.AttainmentOption = None,
+    trace: options.TraceOption = None,
+    cache_blocks: options.CacheOption = None,
+    lengths: options.LengthsOption = None,
+    rate: options.RateOption = None,
+    duration: options.DurationOption = "600s",
+    cv: options.CvOption = 1.0,
+    seed: options.SeedOption = None,
+    output: options.OutputOption = Output.table,
     requests: Annotated[
         Path | None, typer.Option("--requests", help="Write one row per request to this CSV.")
     ] = None,
 ) -> None:
-    """Replays requests on a plan: attainment with its interval, TTFT and TPOT percentiles."""
+    """Requests on a plan or a shape: attainment with its interval, TTFT and TPOT percentiles, where the time goes."""
+    from disaggserve.cli import subject, traffic
     from disaggserve.cli.simulate import run
 
-    run(plan, trace, output.value, requests)
+    given = subject.Given(model, gpu, engine, link, profile, ttft, tpot, attainment)
+    sent = traffic.given(trace, cache_blocks, lengths, rate, duration, cv, seed)
+    run(subject.one(plan, shape, given), sent, output.value, requests)
+
+
+@app.command()
+def replay(
+    trace: Annotated[
+        Path,
+        typer.Option(
+            "--trace", help="Requests in their own order: our CSV, Azure's CSV or Mooncake's JSONL."
+        ),
+    ],
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="A plan as `disaggserve plan -o json` prints it.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option("--shape", help=options.SHAPE_HELP)] = None,
+    model: options.ModelOption = None,
+    gpu: options.GpuOption = None,
+    engine: options.EngineOption = None,
+    link: options.LinkOption = None,
+    profile: options.ProfileOption = None,
+    ttft: options.TtftOption = None,
+    tpot: options.TpotOption = None,
+    attainment: options.AttainmentOption = None,
+    cache_blocks: options.CacheOption = None,
+    speed: Annotated[
+        float, typer.Option("--speed", help="Runs the trace so many times as fast.", min=1e-3)
+    ] = 1.0,
+    window: Annotated[
+        str, typer.Option("--window", help="Length of a window of the replay. Example: 5m.")
+    ] = "5m",
+    output: options.OutputOption = Output.table,
+) -> None:
+    """A trace on a plan or a shape, window by window: where in the day the promise breaks."""
+    from disaggserve.cli import subject
+    from disaggserve.cli.replay import run
+
+    given = subject.Given(model, gpu, engine, link, profile, ttft, tpot, attainment)
+    window_s = subject.limit("window", window)
+    run(subject.one(plan, shape, given), trace, cache_blocks, speed, window_s, output.value)
+
+
+@app.command()
+def compare(
+    plans: Annotated[
+        list[Path] | None, typer.Argument(help="Plans as `disaggserve plan -o json` prints them.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", help=f"{options.SHAPE_HELP} Repeat it for several.")
+    ] = None,
+    model: options.ModelOption = None,
+    gpu: options.GpuOption = None,
+    engine: options.EngineOption = None,
+    link: options.LinkOption = None,
+    profile: options.ProfileOption = None,
+    ttft: options.TtftOption = None,
+    tpot: options.TpotOption = None,
+    attainment: options.AttainmentOption = None,
+    trace: options.TraceOption = None,
+    cache_blocks: options.CacheOption = None,
+    lengths: options.LengthsOption = None,
+    rate: options.RateOption = None,
+    duration: options.DurationOption = "600s",
+    cv: options.CvOption = 1.0,
+    seed: options.SeedOption = None,
+    goodput: Annotated[
+        bool, typer.Option("--goodput", help="Search each one's highest rate that keeps the promise, too.")
+    ] = False,
+    output: options.OutputOption = Output.table,
+) -> None:
+    """The same requests on several plans and shapes, side by side."""
+    from disaggserve.cli import subject, traffic
+    from disaggserve.cli.compare import run
+
+    given = subject.Given(model, gpu, engine, link, profile, ttft, tpot, attainment)
+    sent = traffic.given(trace, cache_blocks, lengths, rate, duration, cv, seed)
+    run(subject.several(plans or [], shape or [], given), sent, goodput, output.value)
 
 
 @app.command()
@@ -159,16 +253,16 @@ def crd() -> None:
 @app.command("warm-up", hidden=True)
 def warm_up(
     into: Annotated[
-        Path, typer.Option("--into", help="Folder for DISAGGSERVE_KERNELS to name when the image runs.")
-    ],
+        Path | None, typer.Option("--into", help="Folder for DISAGGSERVE_KERNELS to name when an image runs.")
+    ] = None,
 ) -> None:
-    """Compiles the simulator ahead, when an image is built: no process of it waits for a compiler."""
+    """Compiles the simulator into the user's cache, or ahead for an image: no process of it waits for a compiler."""
     from disaggserve import simulate
     from disaggserve.simulate import cache
 
     simulate.warm_up()
     try:
-        print(cache.keep(into))
+        print(cache.keep(into) if into else cache.prepare())
     except OSError as error:
         raise InvalidInput(f"{into}: cannot be written ({error}); name a folder that can be") from None
 

@@ -3,7 +3,7 @@
 from disaggserve.search import published
 from disaggserve.search.packing import Group, NoRoom, Standing, pack, pack_pairs
 from disaggserve.search.place import place
-from disaggserve.search.predicting import deployment, kv_link, observe, predict
+from disaggserve.search.predicting import deployment, kv_link, observe, pool, predict
 from disaggserve.search.problem import Placement, Problem, Progress, Rejected, Shape
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "pack",
     "pack_pairs",
     "place",
+    "pool",
     "predict",
     "published",
 ]

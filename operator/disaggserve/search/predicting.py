@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from disaggserve import catalogue, hardware, latency, simulate
 from disaggserve.api.errors import InvalidInput
@@ -146,20 +142,11 @@ def observe(
     Per seed `duration_s` after a warm-up, less where `enough` requests come sooner.
     """
     window = window_s(workload.rate, enough, duration_s)
-    parts: list[list[npt.NDArray[Any]]] = []
-    for i, seed in enumerate(seeds):
+    runs: list[tuple[Requests, Outcome]] = []
+    for seed in seeds:
         requests = workload.requests(WARMUP_S + window + COOLDOWN_S, seed)
-        outcome = simulate.run(deployment, requests)
-        arrival = requests.arrival_ns
-        begin, end = np.searchsorted(arrival, [int(WARMUP_S * 1e9), int((WARMUP_S + window) * 1e9)])
-        # One after another on one clock, so that batches are of consecutive requests of one seed.
-        shift = i * round(window * 2e9)
-        cut = slice(int(begin), int(end))
-        parts.append(_columns(requests, outcome, cut, shift))
-    arrival, inputs, outputs, start, first, moved, begun, last = (
-        np.concatenate(column) for column in zip(*parts, strict=True)
-    )
-    return Requests(arrival, inputs, outputs), Outcome(start, first, moved, begun, last, events=0)
+        runs.append((requests, simulate.run(deployment, requests)))
+    return simulate.joined(runs, WARMUP_S, WARMUP_S + window)
 
 
 def predict(
@@ -178,16 +165,3 @@ def predict(
     """
     requests, outcome = observe(deployment, workload, seeds=seeds, duration_s=duration_s, enough=enough)
     return simulate.judge(requests, outcome, promise)
-
-
-def _columns(requests: Requests, outcome: Outcome, cut: slice, shift: int) -> list[npt.NDArray[Any]]:
-    """The columns of both, of a range of requests, moved by `shift` ns."""
-    times = (
-        outcome.prefill_start_ns,
-        outcome.first_ns,
-        outcome.transfer_end_ns,
-        outcome.decode_start_ns,
-        outcome.last_ns,
-    )
-    moved = [np.where(t[cut] < 0, -1, t[cut] + shift) for t in times]
-    return [requests.arrival_ns[cut] + shift, requests.input[cut], requests.output[cut], *moved]
