@@ -14,13 +14,15 @@ Errors, all of them `CatalogueError` (a `ValueError`) with one sentence each:
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from disaggserve.api.errors import InvalidInput
 
-Architecture = Literal["opt", "llama", "qwen3"]
+Architecture = Literal["opt", "llama", "qwen3", "mixtral", "qwen3_moe"]
+Quantised = Literal["", "fp8", "int8"]
 
 BLOCK_TOKENS = 16  # tokens per KV block, as in the paper's engine (§ 4) and vLLM on CUDA
 MEMORY_UTILISATION = 0.95  # share of GPU memory that DistServe's engine uses (its default)
@@ -49,7 +51,12 @@ class BadShape(CatalogueError):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A dense decoder-only transformer. Sizes are in elements unless a name says bytes."""
+    """A decoder-only transformer, dense or with experts. Sizes are in elements unless a name says bytes.
+
+    With experts each layer's feed-forward is `experts` feed-forwards of `ffn`, of which a token goes through
+    `experts_per_token`, and a router. Quantised weights are one byte in the matrices of the layers; the
+    vocabulary tables, norms, router and activations keep `bytes_per_activation`, and so does KV.
+    """
 
     id: str
     architecture: Architecture
@@ -62,8 +69,15 @@ class Model:
     vocab: int
     max_positions: int
     tied: bool  # the output head is the embedding table
-    bytes_per_weight: int = 2
+    bytes_per_weight: int = 2  # of the layers' matrices
+    bytes_per_activation: int = 2  # and of tables, norms and router
     bytes_per_kv: int = 2
+    experts: int = 0  # 0: dense
+    experts_per_token: int = 0
+    quantised: Quantised = ""
+    weight_block: int = (
+        0  # elements of a side of the blocks that weights are quantised by; 0: whole rows or tensors
+    )
     source: str = dataclasses.field(default="", compare=False)
 
     @property
@@ -78,18 +92,39 @@ class Model:
 
     @property
     def ffn_params(self) -> int:
-        """Weights of one layer's feed-forward matrices."""
+        """Weights of one feed-forward: the layer's, or one expert's."""
         return (3 if self.gated else 2) * self.hidden * self.ffn
 
     @property
+    def ffns(self) -> int:
+        """Feed-forwards in a layer."""
+        return self.experts or 1
+
+    @property
+    def active_layer_params(self) -> int:
+        """Weights of one layer's matrices that one token is multiplied with (without the router)."""
+        return self.attention_params + (self.experts_per_token or 1) * self.ffn_params
+
+    def ffns_touched(self, tokens: float) -> float:
+        """Feed-forwards of a layer whose weights a batch of so many tokens needs.
+
+        The expected number of distinct experts, when tokens choose alike: E·(1 − (1 − k/E)^tokens).
+        """
+        if not self.experts:
+            return 1.0
+        share = self.experts_per_token / self.experts
+        return float(self.experts * -math.expm1(tokens * math.log1p(-share))) if share < 1 else self.experts
+
+    @property
     def small_params(self) -> int:
-        """Weights of one layer that every GPU holds whole: norms and biases.
+        """Weights of one layer that every GPU holds whole: norms, biases, the experts' router.
 
         OPT's count is the public DistServe code's 5·hidden, so that its memory table is reproduced.
         """
         if self.architecture == "opt":
             return 5 * self.hidden
-        return 2 * self.hidden + (2 * self.head_dim if self.architecture == "qwen3" else 0)
+        norms = 2 * self.head_dim if self.architecture in ("qwen3", "qwen3_moe") else 0
+        return 2 * self.hidden + norms + self.hidden * self.experts
 
     @property
     def table_params(self) -> int:
@@ -101,18 +136,30 @@ class Model:
         """All weights."""
         positions = self.max_positions * self.hidden if self.architecture == "opt" else 0
         tables = self.table_params * (1 if self.tied else 2) + positions
-        return tables + self.layers * (self.attention_params + self.ffn_params + self.small_params)
+        matrices = self.attention_params + self.ffns * self.ffn_params
+        return tables + self.layers * (matrices + self.small_params)
+
+    @property
+    def active_params(self) -> int:
+        """Weights that one token is multiplied with: the layers' (of experts only its own) and one table."""
+        return self.layers * self.active_layer_params + self.table_params
 
     def shape_fault(self, tp: int, pp: int) -> str | None:
         """Why the model cannot be split over tp × pp GPUs, in a clause; None if it can.
 
-        tp divides the heads and the feed-forward, pp divides the layers (REFERENCE § 3). KV heads are split,
-        or copied when there are fewer of them than tp.
+        tp divides the heads and the feed-forward (each expert's), pp divides the layers (REFERENCE § 3). KV
+        heads are split, or copied when there are fewer of them than tp. Weights quantised in blocks are split
+        between blocks only (vLLM refuses the others: vllm-project/vllm#25292).
         """
         if tp < 1 or pp < 1:
             return f"tp and pp are at least 1, not tp {tp} and pp {pp}"
         if self.heads % tp or self.ffn % tp:
             return f"tp {tp} does not divide the {self.heads} heads and the feed-forward of {self.ffn}"
+        if self.weight_block and self.ffn // tp % self.weight_block:
+            return (
+                f"tp {tp} cuts the feed-forward of {self.ffn} into {self.ffn // tp}, which the quantised "
+                f"weights' blocks of {self.weight_block} do not divide"
+            )
         if self.kv_heads % tp and tp % self.kv_heads:
             return f"tp {tp} neither divides the {self.kv_heads} KV heads nor is a multiple of them"
         if self.layers % pp:
@@ -140,8 +187,9 @@ class Model:
         attention = 2 * self.hidden * self.head_dim * (self.heads / tp + self.kv_heads * kv_share)
         tables = self.table_params * (1 if self.tied or pp > 1 else 2)
         positions = self.max_positions * self.hidden if self.architecture == "opt" else 0
-        matrices = round(layers * (attention + self.ffn_params / tp))
-        return self.bytes_per_weight * (tables + positions + matrices + layers * self.small_params)
+        matrices = round(layers * (attention + self.ffns * self.ffn_params / tp))
+        rest = tables + positions + layers * self.small_params
+        return self.bytes_per_weight * matrices + self.bytes_per_activation * rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +206,7 @@ class GPU:
     rdma_bytes_s: float  # the NIC that nodes of this kind have per GPU, where they have RDMA
     efficiency: str  # key of data/profiles/gpu_op_efficiency.json
     borrowed: bool  # the efficiency curves were measured on another product
+    fp8_flops: float = 0.0  # dense; 0 = its tensor cores do no fp8
 
     @property
     def peer_bytes_s(self) -> float:
@@ -240,19 +289,47 @@ def _llama3(name: str, layers: int, hidden: int, heads: int, ffn: int, max_posit
     )
 
 
-def _qwen3(name: str, layers: int, hidden: int, heads: int, ffn: int) -> Model:
-    return Model(
+def _qwen3(
+    name: str, layers: int, hidden: int, heads: int, ffn: int, kv_heads: int = 8, experts: int = 0
+) -> tuple[Model, Model]:
+    """The model in bf16, and its repository of block-quantised fp8 weights."""
+    plain = Model(
         f"Qwen/{name}",
-        "qwen3",
+        "qwen3_moe" if experts else "qwen3",
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=8,
+        kv_heads=kv_heads,
         head_dim=128,
         ffn=ffn,
         vocab=151936,
         max_positions=40960,
         tied=False,
+        experts=experts,
+        experts_per_token=8 if experts else 0,
+        source="config.json of the model's repository",
+    )
+    fp8 = dataclasses.replace(
+        plain, id=f"{plain.id}-FP8", bytes_per_weight=1, quantised="fp8", weight_block=128
+    )
+    return plain, fp8
+
+
+def _mixtral(tune: str) -> Model:
+    return Model(
+        f"mistralai/Mixtral-8x7B-{tune}v0.1",
+        "mixtral",
+        layers=32,
+        hidden=4096,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        ffn=14336,
+        vocab=32000,
+        max_positions=32768,
+        tied=False,
+        experts=8,
+        experts_per_token=2,
         source="config.json of the model's repository",
     )
 
@@ -274,12 +351,16 @@ MODELS: Mapping[str, Model] = {
             )
             for tune in ("", "-Instruct")
         ),
-        _qwen3("Qwen3-8B", 36, 4096, 32, 12288),
-        _qwen3("Qwen3-32B", 64, 5120, 64, 25600),
+        *_qwen3("Qwen3-8B", 36, 4096, 32, 12288),
+        *_qwen3("Qwen3-32B", 64, 5120, 64, 25600),
+        *_qwen3("Qwen3-30B-A3B", 48, 2048, 32, 768, kv_heads=4, experts=128),
+        *_qwen3("Qwen3-235B-A22B", 94, 4096, 64, 1536, kv_heads=4, experts=128),
+        _mixtral(""),
+        _mixtral("Instruct-"),
     )
 }
 
-# Dense bf16 and bandwidth: NVIDIA's datasheets (A100, H100, H200, L40S). Memory: total_memory as CUDA reports
+# Dense bf16, fp8 and bandwidth: NVIDIA's datasheets (A100, H100, H200, L40S). Memory: total_memory as CUDA reports
 # it, below the label's MiB because of ECC and the driver; A100-80G's is the 84.99e9 that DistServe's memory
 # table was made with (REFERENCE § 2), to the byte: only 84,990,608,000 to 84,990,624,000 give all 76 rows.
 # A100-40G's is deviceQuery's, the others are the GiB that CUDA's out-of-memory messages show. Efficiency
@@ -334,12 +415,47 @@ GPUS: Mapping[str, GPU] = {
             50e9,
             "h100_sxm",
             False,
+            1978.9e12,
         ),
         GPU(
-            "NVIDIA-H100-PCIe", "H100-PCIe", 84_930_000_000, 756e12, 2.0e12, 0.0, 64e9, 50e9, "h100_sxm", True
+            "NVIDIA-H100-PCIe",
+            "H100-PCIe",
+            84_930_000_000,
+            756e12,
+            2.0e12,
+            0.0,
+            64e9,
+            50e9,
+            "h100_sxm",
+            True,
+            1513e12,
         ),
-        GPU("NVIDIA-H200", "H200", 150_110_000_000, 989.4e12, 4.8e12, 450e9, 64e9, 50e9, "h200_sxm", False),
-        GPU("NVIDIA-L40S", "L40S", 47_670_000_000, 362.05e12, 0.864e12, 0.0, 32e9, 25e9, "a100_sxm", True),
+        GPU(
+            "NVIDIA-H200",
+            "H200",
+            150_110_000_000,
+            989.4e12,
+            4.8e12,
+            450e9,
+            64e9,
+            50e9,
+            "h200_sxm",
+            False,
+            1978.9e12,
+        ),
+        GPU(
+            "NVIDIA-L40S",
+            "L40S",
+            47_670_000_000,
+            362.05e12,
+            0.864e12,
+            0.0,
+            32e9,
+            25e9,
+            "a100_sxm",
+            True,
+            733e12,
+        ),
     )
 }
 
@@ -427,7 +543,8 @@ _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "half": 2, "float": 4
 def model_from_config(id: str, config: Mapping[str, Any]) -> Model:
     """A model from its Hugging Face config.json.
 
-    OPT, Llama and Qwen3 (dense, not quantised). Raises `BadModelConfig` naming the field.
+    OPT, Llama, Qwen3, Qwen3-MoE and Mixtral; bf16, fp16 and fp32, or fp8 and int8 matrices (quant_method fp8,
+    or compressed-tensors of 8 bits). Raises `BadModelConfig` naming the field.
     """
 
     def whole(field: str, default: int | None = None) -> int:
@@ -439,14 +556,13 @@ def model_from_config(id: str, config: Mapping[str, Any]) -> Model:
         return value
 
     kind = config.get("model_type")
-    if kind not in ("opt", "llama", "qwen3"):
+    if kind not in ("opt", "llama", "qwen3", "mixtral", "qwen3_moe"):
+        mla = "; latent attention (MLA) is not in this release" if config.get("kv_lora_rank") else ""
         raise BadModelConfig(
-            f"config.json of {id}: model_type is {kind!r}; this release knows opt, llama and qwen3"
+            f"config.json of {id}: model_type is {kind!r}; this release knows opt, llama, qwen3, mixtral and "
+            f"qwen3_moe{mla}"
         )
-    if config.get("quantization_config"):
-        raise BadModelConfig(
-            f"config.json of {id}: quantised weights are not in this release; give bf16 or fp16"
-        )
+    quantised, block = _quantisation(id, config.get("quantization_config"))
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if dtype not in _DTYPE_BYTES:
         raise BadModelConfig(
@@ -454,6 +570,7 @@ def model_from_config(id: str, config: Mapping[str, Any]) -> Model:
         )
     hidden, heads = whole("hidden_size"), whole("num_attention_heads")
     # Defaults are those of the architecture's configuration class in transformers.
+    experts = chosen = 0
     if kind == "opt":
         if (
             whole("word_embed_proj_dim", hidden) != hidden
@@ -465,8 +582,21 @@ def model_from_config(id: str, config: Mapping[str, Any]) -> Model:
         kv_heads, head_dim, ffn = heads, 0, whole("ffn_dim")
     else:
         kv_heads = whole("num_key_value_heads", heads)
-        head_dim = whole("head_dim", 128) if kind == "qwen3" or config.get("head_dim") is not None else 0
-        ffn = whole("intermediate_size")
+        given = config.get("head_dim") is not None
+        head_dim = whole("head_dim", 128) if kind in ("qwen3", "qwen3_moe") or given else 0
+        ffn = whole("moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size")
+    if kind in ("mixtral", "qwen3_moe"):
+        field = "num_local_experts" if kind == "mixtral" else "num_experts"
+        experts, chosen = whole(field), whole("num_experts_per_tok")
+        if chosen > experts:
+            raise BadModelConfig(
+                f"config.json of {id}: num_experts_per_tok {chosen} is more than {field} {experts}"
+            )
+        if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+            raise BadModelConfig(
+                f"config.json of {id}: experts in some layers only (mlp_only_layers, decoder_sparse_step) are "
+                "not in this release"
+            )
     if not head_dim:
         if hidden % heads:
             raise BadModelConfig(
@@ -489,7 +619,56 @@ def model_from_config(id: str, config: Mapping[str, Any]) -> Model:
         vocab=whole("vocab_size"),
         max_positions=whole("max_position_embeddings"),
         tied=bool(config.get("tie_word_embeddings", kind == "opt")),
-        bytes_per_weight=_DTYPE_BYTES[dtype],
+        bytes_per_weight=1 if quantised else _DTYPE_BYTES[dtype],
+        bytes_per_activation=_DTYPE_BYTES[dtype],
         bytes_per_kv=_DTYPE_BYTES[dtype],
+        experts=experts,
+        experts_per_token=chosen,
+        quantised=quantised,
+        weight_block=block,
         source="config.json given",
     )
+
+
+def _quantisation(id: str, config: Any) -> tuple[Quantised, int]:
+    """What quantization_config says: the type of the matrices, and the side of their blocks (0: no blocks)."""
+    if not config:
+        return "", 0
+    where = f"config.json of {id}: quantization_config"
+    if not isinstance(config, Mapping):
+        raise BadModelConfig(f"{where} is {config!r}, not an object")
+    method = config.get("quant_method")
+    block: Any = None
+    if method == "fp8":
+        kind: Quantised = "fp8"
+        block = config.get("weight_block_size")
+    elif method == "compressed-tensors":
+        groups = config.get("config_groups")
+        weights = [
+            g.get("weights") if isinstance(g, Mapping) else None
+            for g in (groups.values() if isinstance(groups, Mapping) else ())
+        ]
+        said = {(w.get("type"), w.get("num_bits")) if isinstance(w, Mapping) else None for w in weights}
+        if said == {("float", 8)}:
+            kind = "fp8"
+        elif said == {("int", 8)}:
+            kind = "int8"
+        else:
+            raise BadModelConfig(
+                f"{where}.config_groups: this release knows one kind of weights, float or int of 8 bits"
+            )
+        block = next((w.get("block_structure") for w in weights if w), None)
+    else:
+        raise BadModelConfig(
+            f"{where}.quant_method is {method!r}; this release knows fp8 and compressed-tensors (8 bits), "
+            "not gptq, awq or others: give bf16, fp16 or 8-bit weights"
+        )
+    if block is None:
+        return kind, 0
+    if (
+        not isinstance(block, list)
+        or len(block) != 2
+        or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in block)
+    ):
+        raise BadModelConfig(f"{where}: weight blocks are {block!r}, not two whole numbers above 0")
+    return kind, max(block)

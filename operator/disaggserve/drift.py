@@ -2,7 +2,8 @@
 
 Growing looks at minutes, shrinking at an hour. The current plan is simulated on each of the last windows; when it misses the
 promise in all of them, the placement is run on what was seen. When a plan with at most 80 % of its GPUs would keep the promise
-for the whole last hour, at the highest rate that any window saw, that is taken. Unknown is not zero: without a window there is
+for the whole last hour, at the highest rate that any window saw, that is taken, if it saves more over the horizon than the
+switch costs. Unknown is not zero: without a window there is
 no verdict but to hold.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 from disaggserve import plan
 from disaggserve.api.errors import Infeasible
 from disaggserve.api.model import seconds
-from disaggserve.api.plan import Commit
+from disaggserve.api.plan import Commit, Slot
 from disaggserve.api.spec import Spec
 from disaggserve.workload import Lengths, Workload
 
@@ -176,8 +177,23 @@ def judge(spec: Spec, commit: Commit, traffic: Traffic, history: History, facts:
         return hold(f"{keeps}; with headroom none would: {error}")
     if draft.plan.gpus > SHRINK_TO * commit.plan.gpus:
         return hold(keeps)
+    saved, spent = _switch_gpu_hours(spec, commit.instances, draft.instances)
+    if saved <= spent:
+        return hold(
+            f"{keeps}; {draft.plan.gpus} GPUs would do, which saves {saved:.1f} GPU-hours in {spec.replan.horizon}, "
+            f"and the switch may cost {spent:.1f}"
+        )
     reason = f"saw {_seen(wanted, spec)} for an hour: {draft.plan.gpus} GPUs would do, the plan has {commit.plan.gpus}"
     return Verdict(reason, history.revision, draft)
+
+
+def _switch_gpu_hours(spec: Spec, old: Sequence[Slot], new: Sequence[Slot]) -> tuple[float, float]:
+    """What a smaller plan saves over the horizon, and the most that its new instances can cost while they and the old ones
+    stand side by side: from their start until the old ones have drained, as long as the rollout's timeouts allow."""
+    saved = sum(s.gpus for s in old) - sum(s.gpus for s in new)
+    twice = sum(s.gpus for s in new if s not in old)
+    side_by_side_s = seconds(spec.rollout.ready_timeout) + seconds(spec.rollout.drain_timeout)
+    return saved * seconds(spec.replan.horizon) / 3600, twice * side_by_side_s / 3600
 
 
 def _seen(wanted: Workload, spec: Spec) -> str:

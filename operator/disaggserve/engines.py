@@ -29,6 +29,7 @@ class Engine:
     architectures: frozenset[str]  # of catalogue.Model.architecture
     flags: frozenset[str]  # the operator's own; `engine.args` may not name them
     block_tokens: int = 16  # tokens per KV block
+    quantised: frozenset[str] = frozenset()  # of catalogue.Model.quantised
 
 
 def _flags(text: str) -> frozenset[str]:
@@ -53,7 +54,8 @@ VLLM = Engine(
     handoff="pull",
     first_token_from="decode",
     prefill_limit=8192,
-    architectures=frozenset({"opt", "llama", "qwen3"}),
+    architectures=frozenset({"opt", "llama", "qwen3", "mixtral", "qwen3_moe"}),
+    quantised=frozenset({"fp8", "int8"}),
     flags=_flags(
         "--model --served-model-name --revision --tensor-parallel-size -tp --pipeline-parallel-size -pp "
         "--host --port --max-model-len --dtype --kv-cache-dtype --block-size --kv-transfer-config "
@@ -66,7 +68,8 @@ SGLANG = Engine(
     handoff="push",
     first_token_from="decode",
     prefill_limit=8192,
-    architectures=frozenset({"opt", "llama", "qwen3"}),
+    architectures=frozenset({"opt", "llama", "qwen3", "mixtral", "qwen3_moe"}),
+    quantised=frozenset({"fp8", "int8"}),
     flags=_flags(
         "--model-path --model --served-model-name --revision --tp-size --tp --tensor-parallel-size "
         "--pp-size --pipeline-parallel-size --host --port --context-length --dtype --kv-cache-dtype "
@@ -133,12 +136,14 @@ def refuse_start(engine: Engine, tp: int, pp: int, paired: bool, simulated: bool
     return None
 
 
-def refuse_architecture(engine: Engine, architecture: str) -> str | None:
-    """Why the engine cannot run a model of this architecture, in one sentence, or None."""
-    if architecture in engine.architectures:
-        return None
-    known = ", ".join(sorted(engine.architectures))
-    return f"The {engine.name} worker runs {known} models, not {architecture}."
+def refuse_architecture(engine: Engine, architecture: str, quantised: str = "") -> str | None:
+    """Why the engine cannot run a model of this architecture and kind of weights, in one sentence, or None."""
+    if architecture not in engine.architectures:
+        known = ", ".join(sorted(engine.architectures))
+        return f"The {engine.name} worker runs {known} models, not {architecture}."
+    if quantised and quantised not in engine.quantised:
+        return f"The {engine.name} worker runs bf16, fp16 and fp32 weights, not {quantised}."
+    return None
 
 
 def owned_flags(engine: Engine) -> frozenset[str]:

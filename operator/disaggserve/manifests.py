@@ -365,7 +365,29 @@ def around(owner: Owner, spec: Spec, context_length: int, images: Images) -> Seq
             "ports": [{"name": "http", "port": HTTP_PORT, "protocol": "TCP", "targetPort": HTTP_PORT}],
         },
     }
-    return [account, binding, service, _router_deployment(owner, spec, context_length, images)]
+    router = _router_deployment(owner, spec, context_length, images)
+    return [account, binding, service, _network_policy(owner), router]
+
+
+def _network_policy(owner: Owner) -> dict[str, Any]:
+    """KV may be read by whoever reaches its port, so only pods of the same resource do.
+
+    HTTP stays open, for probes and for Prometheus wherever it runs.
+    """
+    workers = {RESOURCE: owner.name, "app.kubernetes.io/component": "worker"}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(owner, f"{owner.name}-workers", "worker"),
+        "spec": {
+            "podSelector": {"matchLabels": workers},
+            "policyTypes": ["Ingress"],
+            "ingress": [
+                {"from": [{"podSelector": {"matchLabels": {RESOURCE: owner.name}}}]},
+                {"ports": [{"port": HTTP_PORT, "protocol": "TCP"}]},
+            ],
+        },
+    }
 
 
 def disruption_budget(owner: Owner, pods: int) -> dict[str, Any]:

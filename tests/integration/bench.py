@@ -78,6 +78,11 @@ def prepare(plane: ControlPlane, nodes: dict[str, int]) -> None:
     plane.kubectl("apply", "-f", str(ROOT / "crds/disaggserves.yaml"))
     plane.kubectl("wait", "--for=condition=Established", "crd/disaggserves.disaggserve.dev", "--timeout=30s")
     plane.kubectl("create", "clusterrole", "disaggserve-router", "--verb=get,list,watch", "--resource=pods")
+    add_nodes(plane, nodes)
+
+
+def add_nodes(plane: ControlPlane, nodes: dict[str, int]) -> None:
+    """Nodes that are objects only, by name and GPUs; returns when pods may be bound to them."""
     for name, gpus in nodes.items():
         body = node(name, gpus)
         plane.kubectl("create", "-f", "-", input=json.dumps({k: v for k, v in body.items() if k != "status"}))

@@ -217,6 +217,40 @@ def test_killed_before_every_write_the_end_is_the_same(bench: Any) -> None:
     bench(test)
 
 
+@pytest.mark.timeout(240)
+def test_killed_before_every_write_of_a_change_the_end_is_the_same(bench: Any) -> None:
+    """Two instances less and other ones in place of the rest: drain, create, delete, commit and status are all cut."""
+
+    async def test(b: Bench) -> None:
+        rollout = {"drainTimeout": "1ms"}
+        first = by_hand(1, 3, rollout=rollout)
+        second = by_hand(2, 1, rollout=rollout, engine={"type": "torch", "args": ["--kv-blocks=64"]})
+
+        async def changed(operator: Any) -> None:
+            await b.settle(operator, until=lambda r: carried_out(r) and r["status"]["plan"]["revision"] == 2)
+
+        async def begin() -> None:
+            await b.apply(first)
+            await b.settle(b.operator())
+            await b.apply(second)
+
+        await begin()
+        undisturbed = b.operator()
+        await changed(undisturbed)
+        wanted, writes = await fingerprint(b), undisturbed.writes
+        await _clean(b)
+        assert writes >= 12
+        for n in range(writes):
+            await begin()
+            with pytest.raises(Killed):
+                await changed(b.operator(dies_before_write=n))
+            await changed(b.operator())
+            assert await fingerprint(b) == wanted, f"killed before write {n}"
+            await _clean(b)
+
+    bench(test)
+
+
 def test_two_resources_that_want_the_same_gpus(bench: Any) -> None:
     async def test(b: Bench) -> None:
         first, second = by_hand(5, 5), by_hand(5, 5)
@@ -268,6 +302,41 @@ def test_no_spare_gpus_holds_the_old_plan_and_says_how_many(bench: Any) -> None:
         assert resource["status"]["lastDecision"]["action"] == "Hold"
         assert resource["status"]["plan"]["revision"] == 1
         assert len(await b.workers()) == 12
+
+    bench(test)
+
+
+def test_what_the_api_server_refuses_is_a_condition(bench: Any, plane: ControlPlane) -> None:
+    async def test(b: Bench) -> None:
+        label = "pod-security.kubernetes.io/enforce"
+        plane.kubectl("label", "namespace", "default", f"{label}=restricted")
+        try:
+            weights = {"hostPath": {"path": "/mnt/opt"}}
+            on_host = by_hand(1, 1, model={"id": "facebook/opt-13b", "weights": weights})
+            await b.apply(on_host)
+            operator = b.operator()
+            await operator.reconcile()
+            said = {c["type"]: c for c in (await b.resource())["status"]["conditions"]}["Progressing"]
+            assert (said["status"], said["reason"]) == ("False", "Refused")
+            assert "hostPath" in said["message"]
+            before = operator.writes
+            await operator.reconcile()
+            assert operator.writes == before + 1, "the pod is tried again, and nothing is said twice"
+        finally:
+            plane.kubectl("label", "namespace", "default", f"{label}-")
+        await b.settle(operator)
+
+    bench(test)
+
+
+def test_a_plan_by_hand_that_misses_the_promise_is_carried_out_and_said(bench: Any) -> None:
+    async def test(b: Bench) -> None:
+        await b.apply(by_hand(1, 1, workload={"rate": 50, "lengths": {"preset": "sharegpt"}}))
+        resource = await b.settle(b.operator())
+        said = {c["type"]: c for c in resource["status"]["conditions"]}["PlanFeasible"]
+        assert (said["status"], said["reason"]) == ("False", "PlanByHandMisses")
+        assert resource["status"]["phase"] == "Degraded"
+        assert len(await b.workers()) == 2
 
     bench(test)
 

@@ -175,7 +175,7 @@ def test_missing_metrics_hold_the_plan_and_say_so(stack: Stack) -> None:
 
 def test_deleting_the_resource_leaves_nothing(stack: Stack) -> None:
     stack.plane.kubectl("delete", "dsv", "chat", "--wait=true")
-    kinds = "pods,deployments,services,serviceaccounts,rolebindings,poddisruptionbudgets,controllerrevisions"
+    kinds = "pods,deployments,services,serviceaccounts,rolebindings,networkpolicies,poddisruptionbudgets,controllerrevisions"
 
     def gone() -> bool:
         return not stack.get(kinds, "-l", "app.kubernetes.io/managed-by=disaggserve")

@@ -1,7 +1,6 @@
 """The catalogue's figures against their sources."""
 
 import csv
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -42,6 +41,9 @@ def test_weights_that_do_not_fit_leave_no_blocks():
         ("meta-llama/Meta-Llama-3-70B", 327_680, 70.55),
         ("Qwen/Qwen3-8B", 147_456, 8.19),
         ("Qwen/Qwen3-32B", 262_144, 32.76),
+        ("Qwen/Qwen3-30B-A3B", 98_304, 30.53),
+        ("Qwen/Qwen3-235B-A22B", 192_512, 235.09),
+        ("mistralai/Mixtral-8x7B-v0.1", 131_072, 46.70),
     ],
 )
 def test_kv_bytes_and_parameters(model, kv_bytes, billions):
@@ -53,7 +55,45 @@ def test_kv_bytes_and_parameters(model, kv_bytes, billions):
 
 def test_weights_on_one_gpu_are_all_the_weights():
     for m in catalogue.MODELS.values():
-        assert m.weight_bytes(1, 1) == 2 * m.params
+        if not m.quantised:
+            assert m.weight_bytes(1, 1) == 2 * m.params
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    # As the repositories' safetensors hold them, in bf16 (their final norms, which we leave out, are in it).
+    [
+        ("meta-llama/Meta-Llama-3-8B", 8_030_261_248),
+        ("meta-llama/Meta-Llama-3-70B", 70_553_706_496),
+        ("Qwen/Qwen3-32B", 32_762_123_264),
+        ("Qwen/Qwen3-30B-A3B", 30_532_122_624),
+        ("mistralai/Mixtral-8x7B-v0.1", 46_702_792_704),
+    ],
+)
+def test_weights_are_the_published_ones(model, parameters):
+    assert catalogue.model(model).weight_bytes() == pytest.approx(2 * parameters, rel=1e-5)
+
+
+def test_eight_bit_weights_leave_tables_norms_and_router_as_they_are():
+    # Qwen3-30B-A3B-FP8: 48·(18,874,368 + 128·4,718,592) = 29,896,998,912 bytes of matrices; two tables of
+    # 151,936·2,048 and per layer 2·2,048 + 2·128 norms and a router of 2,048·128, in bf16: 1,270,243,328 bytes.
+    assert catalogue.model("Qwen/Qwen3-30B-A3B-FP8").weight_bytes() == 29_896_998_912 + 1_270_243_328
+
+
+def test_experts_are_all_in_memory_and_few_in_a_step():
+    m = catalogue.model("mistralai/Mixtral-8x7B-v0.1")
+    # 12.88e9 active of 46.7e9 less the embedding table, which a token only looks up in.
+    assert m.active_params == 32 * (41_943_040 + 2 * 176_160_768) + 32_000 * 4_096
+    assert [round(m.ffns_touched(n), 3) for n in (1, 2, 4)] == [2.0, 3.5, 5.469]  # 8·(1 − 0.75ⁿ)
+    assert m.weight_bytes(2, 1) == pytest.approx(m.weight_bytes() / 2, rel=0.01)
+    assert catalogue.model("facebook/opt-13b").ffns_touched(64) == 1
+
+
+def test_block_quantised_weights_are_split_between_blocks():
+    fp8 = catalogue.model("Qwen/Qwen3-30B-A3B-FP8")
+    assert fp8.shape_fault(2, 1) is None
+    assert "blocks of 128" in (fp8.shape_fault(4, 1) or "")
+    assert catalogue.model("Qwen/Qwen3-30B-A3B").shape_fault(4, 1) is None
 
 
 def test_splitting_never_adds_weights_or_takes_blocks():
@@ -171,9 +211,52 @@ QWEN = LLAMA | {
 }
 
 
+QWEN_FP8 = QWEN | {
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }
+}
+QWEN_MOE = QWEN | {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+MIXTRAL = LLAMA | {
+    "model_type": "mixtral",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+}
+
+
+def compressed(kind, bits):
+    weights = {"type": kind, "num_bits": bits, "strategy": "channel", "symmetric": True}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    return {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+
+
 @pytest.mark.parametrize(
     ("id", "config"),
-    [("facebook/opt-13b", OPT), ("meta-llama/Meta-Llama-3-8B", LLAMA), ("Qwen/Qwen3-32B", QWEN)],
+    [
+        ("facebook/opt-13b", OPT),
+        ("meta-llama/Meta-Llama-3-8B", LLAMA),
+        ("Qwen/Qwen3-32B", QWEN),
+        ("Qwen/Qwen3-32B-FP8", QWEN_FP8),
+        ("Qwen/Qwen3-30B-A3B", QWEN_MOE),
+        ("mistralai/Mixtral-8x7B-v0.1", MIXTRAL),
+    ],
 )
 def test_a_config_gives_the_catalogue_s_own_model(id, config):
     assert catalogue.model_from_config(id, config) == catalogue.model(id)
@@ -181,20 +264,47 @@ def test_a_config_gives_the_catalogue_s_own_model(id, config):
 
 def test_a_float32_config_counts_four_bytes():
     m = catalogue.model_from_config("x", LLAMA | {"torch_dtype": "float32"})
-    assert dataclasses.astuple(m)[-3:-1] == (4, 4)
+    assert (m.bytes_per_weight, m.bytes_per_activation, m.bytes_per_kv) == (4, 4, 4)
+
+
+@pytest.mark.parametrize(("kind", "quantised"), [("float", "fp8"), ("int", "int8")])
+def test_compressed_tensors_of_eight_bits(kind, quantised):
+    m = catalogue.model_from_config("x", LLAMA | compressed(kind, 8))
+    assert (m.quantised, m.bytes_per_weight, m.bytes_per_activation, m.bytes_per_kv) == (quantised, 1, 2, 2)
+    assert m.weight_block == 0
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "mixtral"}, "model_type is 'mixtral'"),
+        ({"num_experts_per_tok": 200}, "num_experts_per_tok 200 is more than num_experts 128"),
+        ({"num_experts": None}, "'num_experts' is missing"),
+        ({"mlp_only_layers": [0]}, "experts in some layers only"),
+        ({"decoder_sparse_step": 2}, "experts in some layers only"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "deepseek_v3.*latent attention"),
+    ],
+)
+def test_a_bad_config_of_experts_names_the_field(change, words):
+    with pytest.raises(BadModelConfig, match=words):
+        catalogue.model_from_config("some/model", QWEN_MOE | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "gemma"}, "model_type is 'gemma'"),
         ({"hidden_size": None}, "'hidden_size' is missing"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_attention_heads": "32"}, "num_attention_heads is '32'"),
         ({"num_key_value_heads": 5}, "num_key_value_heads 5 does not divide"),
         ({"hidden_size": 4100}, "does not divide hidden_size 4100"),
         ({"torch_dtype": "int3"}, "dtype 'int3'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method is 'gptq'"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quant_method is 'awq'"),
+        ({"quantization_config": "fp8"}, "quantization_config is 'fp8'"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, "weight blocks"),
+        (compressed("int", 4), "config_groups"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "config_groups"),
     ],
 )
 def test_a_bad_config_names_the_field(change, words):

@@ -155,6 +155,10 @@ def test_far_fewer_gpus_are_taken(first: Commit) -> None:
     assert verdict.plan is not None
     assert verdict.plan.plan.gpus <= 0.8 * large.plan.gpus
     assert "would do" in verdict.reason
+    hasty = CHAT.model_copy(update={"replan": CHAT.replan.model_copy(update={"horizon": "1m"})})
+    verdict = drift.judge(hasty, commit(large, 2), lasting, drift.History(1e6, 0, 2), FACTS)
+    assert verdict.plan is None
+    assert "GPU-hours in 1m" in verdict.reason
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,9 @@ def test_architectures():
     assert engines.refuse_architecture(TORCH, "llama") is None
     assert "qwen3" in (engines.refuse_architecture(TORCH, "qwen3") or "")
     assert engines.refuse_architecture(VLLM, "qwen3") is None
+    assert engines.refuse_architecture(VLLM, "qwen3_moe", "fp8") is None
+    assert engines.refuse_architecture(TORCH, "llama", "") is None
+    assert "not fp8" in (engines.refuse_architecture(TORCH, "llama", "fp8") or "")
 
 
 @pytest.mark.parametrize(

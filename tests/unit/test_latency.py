@@ -1,13 +1,15 @@
 """Step times: the published form to the digit, the roofline's sanity, and physics."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from disaggserve import catalogue, latency
 from disaggserve.catalogue import BadShape
-from disaggserve.latency import BadProfile, FasterThanPhysics, Profile, step_times
+from disaggserve.latency import BadProfile, FasterThanPhysics, Profile, physics, roofline, sources, step_times
 
 A100 = catalogue.gpu("NVIDIA-A100-SXM4-80GB")
 H100 = catalogue.gpu("NVIDIA-H100-80GB-HBM3")
@@ -17,7 +19,8 @@ LLAMA8, LLAMA70 = (
     catalogue.model("meta-llama/Meta-Llama-3-8B"),
     catalogue.model("meta-llama/Meta-Llama-3-70B"),
 )
-SHIPPED = latency._PROFILES / "profiler-a100-80g.distserve.json"
+PROFILES = Path(catalogue.__file__).parent / "data" / "profiles"
+SHIPPED = PROFILES / "profiler-a100-80g.distserve.json"
 COEFFICIENTS = json.loads(SHIPPED.read_text())
 
 
@@ -78,6 +81,9 @@ def all_step_times():
         LLAMA8,
         LLAMA70,
         catalogue.model("Qwen/Qwen3-32B"),
+        catalogue.model("Qwen/Qwen3-32B-FP8"),
+        catalogue.model("Qwen/Qwen3-30B-A3B"),
+        catalogue.model("mistralai/Mixtral-8x7B-v0.1"),
     ):
         for gpu in catalogue.GPUS.values():
             for tp, pp in ((1, 1), (2, 1), (4, 2), (8, 1)):
@@ -87,7 +93,7 @@ def all_step_times():
 @pytest.mark.parametrize(("model", "gpu", "tp", "pp"), list(all_step_times()))
 def test_roofline_tables_rise_and_keep_to_physics(model, gpu, tp, pp):
     t = step_times(model, gpu, tp, pp)
-    latency._check_physics(model, gpu, tp, pp, t)
+    physics.check(model, gpu, tp, pp, t)
     assert t.prefill_knots_tokens.dtype == np.int64
     assert t.prefill_knots_ns.dtype == t.decode_base_ns.dtype == t.decode_ctx_ns.dtype == np.float64
     assert len(t.decode_base_ns) == len(t.decode_ctx_ns) == latency.MAX_BATCH + 1
@@ -101,13 +107,81 @@ def test_roofline_tables_rise_and_keep_to_physics(model, gpu, tp, pp):
         assert np.all(np.diff(t.decode_base_ns) >= 0)
 
 
-def roofline(model, gpu, tp):
-    return latency.StepTimes(*latency._roofline(model, gpu, tp, 1), 1, latency.Provenance("roofline", ""))
+QWEN_MOE = catalogue.model("Qwen/Qwen3-30B-A3B")
+MIXTRAL = catalogue.model("mistralai/Mixtral-8x7B-v0.1")
+FP8 = catalogue.model("Qwen/Qwen3-32B-FP8")
+BF16 = catalogue.model("Qwen/Qwen3-32B")
+INT8 = dataclasses.replace(BF16, bytes_per_weight=1, quantised="int8")
+
+
+def gemm_s(model, gpu, rows):
+    return float(roofline.layer_gemms_s(model, gpu, 1, np.array([float(rows)]))[0])
+
+
+def test_a_step_of_experts_by_hand():
+    # Qwen3-30B-A3B: attention 2·2048·128·(32+4) = 18,874,368 weights, an expert 3·2048·768 = 4,718,592.
+    # One token reads 8 of 128 experts: (18,874,368 + 8·4,718,592)·2 bytes = 113,246,208 at 3.35 TB/s = 33.80 µs,
+    # at the 0.845 of the bandwidth that one row reaches: 40.01 µs.
+    assert gemm_s(QWEN_MOE, H100, 1) * 1e6 == pytest.approx(40.01, abs=0.01)
+    # 64 tokens touch 128·(1 − (1 − 1/16)^64) = 125.94 experts, of 64·8/125.94 = 4.066 rows: 125.94·9,437,184 bytes
+    # = 354.8 µs / 0.8411, and attention 11.27 µs / 0.840: 435.2 µs.
+    assert QWEN_MOE.ffns_touched(64) == pytest.approx(125.94, abs=0.01)
+    assert gemm_s(QWEN_MOE, H100, 64) * 1e6 == pytest.approx(435.2, abs=0.2)
+    # 8192 tokens: all experts with 512 rows: 2·8192·8·4,718,592 / 989.4e12 = 625.1 µs / 0.819, attention
+    # 2·8192·18,874,368 / 989.4e12 = 312.6 µs / 0.776: 1,166.1 µs. Compute follows the active weights.
+    assert gemm_s(QWEN_MOE, H100, 8192) * 1e6 == pytest.approx(1166.1, abs=0.2)
+
+
+def test_eight_bit_weights_by_hand():
+    # Qwen3-32B: 94,371,840 + 393,216,000 = 487,587,840 weights a layer. One row reads them at 3.35 TB/s:
+    # bf16 291.1 µs / 0.845 = 344.5, fp8 145.5 µs / 0.715 = 203.6, int8 (w8a16) 145.5 / 0.845 = 172.2.
+    assert gemm_s(BF16, H100, 1) * 1e6 == pytest.approx(344.5, abs=0.1)
+    assert gemm_s(FP8, H100, 1) * 1e6 == pytest.approx(203.6, abs=0.1)
+    assert gemm_s(INT8, H100, 1) * 1e6 == pytest.approx(172.2, abs=0.1)
+    # 8192 rows: 2·8192·487,587,840 operations: bf16 8,074 µs / 0.776 = 10,405, fp8 4,037 µs / 0.638 = 6,327; int8
+    # multiplies in bf16, and an A100 does so with fp8 as well: 25,605 µs / 0.918 = 27,892.
+    assert gemm_s(BF16, H100, 8192) * 1e6 == pytest.approx(10405, abs=2)
+    assert gemm_s(FP8, H100, 8192) * 1e6 == pytest.approx(6327, abs=2)
+    assert gemm_s(INT8, H100, 8192) == gemm_s(BF16, H100, 8192)
+    assert gemm_s(FP8, A100, 8192) == gemm_s(BF16, A100, 8192) == pytest.approx(27892e-6, rel=1e-4)
+
+
+def test_experts_saturate_later_than_one_feed_forward():
+    assert latency.saturation_tokens(QWEN_MOE, H100) > latency.saturation_tokens(LLAMA8, H100)
+
+
+@pytest.mark.parametrize(("model", "bound_ms"), [(QWEN_MOE, 1.81), (MIXTRAL, 7.61), (FP8, 9.78)])
+def test_what_physics_allows_one_decode_by_hand(model, bound_ms):
+    # Weights of one token: 48·(18,874,368 + 8·4,718,592)·2 + 151,936·2,048·2 = 6.058 GB; Mixtral
+    # 32·(41,943,040 + 2·176,160,768)·2 + 32,000·4,096·2 = 25.495 GB; 64·487,587,840 + 151,936·5,120·2 = 32.761 GB;
+    # at 3.35 TB/s, and one token of KV.
+    assert physics.decode_bound_s(model, H100, 1, 1, 1, 1) * 1e3 == pytest.approx(bound_ms, abs=0.005)
+
+
+@pytest.mark.parametrize("model", [QWEN_MOE, MIXTRAL, FP8])
+def test_a_profile_of_experts_or_fp8_faster_than_physics_is_refused(model, tmp_path):
+    bound = physics.decode_bound_s(model, H100, 2, 1, 1, 0) * 1e3
+    prefill = [20.0, 1e3 * physics.prefill_bound_s(model, H100, 2, 1, 8192, 0) / 8192 * 1.2, 1e-4]
+    entry = {"prefill": prefill, "decoding_largebs": [40.0, 0.01, 1.0]}
+    for factor in (1.1, 0.9):
+        path = tmp_path / f"{factor}.json"
+        decode = {"decoding_smallbs": [bound * factor, 0.01, 0.001]}
+        path.write_text(json.dumps({model.id: {"2": entry | decode}}))
+        profile = Profile.load(path, product="H100")
+        if factor > 1:
+            assert step_times(model, H100, 2, 1, profile).provenance.measured
+        else:
+            with pytest.raises(FasterThanPhysics, match="a decode step of 1 requests, 1 tokens"):
+                step_times(model, H100, 2, 1, profile)
+
+
+def by_roofline(model, gpu, tp):
+    return latency.StepTimes(*roofline.tables(model, gpu, tp, 1), 1, latency.Provenance("roofline", ""))
 
 
 def test_the_roofline_is_near_what_was_measured_on_one_gpu():
     # Held out: the curves know nothing of these fits. tp 1 has no engine overhead between GPUs to miss.
-    fit, roof = step_times(OPT13, A100, 1, 1), roofline(OPT13, A100, 1)
+    fit, roof = step_times(OPT13, A100, 1, 1), by_roofline(OPT13, A100, 1)
     for n in (512, 1024, 2000):
         assert 0.7 < roof.prefill_stage_s([n]) / fit.prefill_stage_s([n]) < 1.0
     for batch in (1, 16, 40, 94):
@@ -115,8 +189,8 @@ def test_the_roofline_is_near_what_was_measured_on_one_gpu():
 
 
 def test_the_roofline_s_own_attention_is_kept_by_the_line_and_the_square():
-    curves = latency._curves(H100)
-    alpha, beta = latency._attention_line(LLAMA8, H100, 1, 1)
+    curves = roofline._curves(H100)
+    alpha, beta = roofline._attention_line(LLAMA8, H100, 1, 1)
     for i, n in enumerate(2.0**curves.attention_len):
         if n <= LLAMA8.max_positions:
             seconds = 2 * n * n * 4096 * 32 / (H100.bf16_flops * curves.attention_mfu[i])
@@ -138,7 +212,7 @@ def test_more_gpus_are_faster_and_gqa_reads_less():
 
 def test_a_shape_the_profile_lacks_is_continuous_with_its_neighbour():
     # Scaled by the ratio at tp 4, so at tp 4 the scaled roofline is the fit on average.
-    scaled = latency._scaled(OPT13, A100, 4, 1, latency.shipped_profile(), 4)
+    scaled = sources.scaled(OPT13, A100, 4, 1, latency.shipped_profile(), 4)
     fit = step_times(OPT13, A100, 4, 1)
     ratios = [scaled.prefill_stage_s([n]) / fit.prefill_stage_s([n]) for n in (128, 256, 512, 1024, 2048)]
     assert np.exp(np.mean(np.log(ratios))) == pytest.approx(1.0)
@@ -155,7 +229,7 @@ def test_a_shape_that_does_not_divide_the_model_is_refused():
      "raw_unfudged.profiler-a100-80g.vllm"],
 )  # fmt: skip
 def test_every_shipped_profile_keeps_to_physics(name):
-    profile = Profile.load(latency._PROFILES / f"{name}.json")
+    profile = Profile.load(PROFILES / f"{name}.json")
     for model_id, tp in profile.fits:
         for pp in (1, 2, 4):
             step_times(catalogue.model(model_id), A100, tp, pp, profile)
@@ -184,7 +258,11 @@ def test_a_profile_counts_only_on_its_own_gpu(tmp_path):
     path.write_text(json.dumps({"facebook/opt-13b": COEFFICIENTS["facebook/opt-13b"]}))
     on_h100 = Profile.load(path, product="NVIDIA-H100-80GB-HBM3")
     assert not on_h100.covers(OPT13, A100)
-    assert step_times(OPT13, A100, 1, 1, on_h100).provenance.source == "roofline"
+    # The shipped fits still answer on the A100, and nothing does on an L40S.
+    assert latency.profile_for(OPT13, A100, on_h100) is latency.shipped_profile()
+    assert step_times(OPT13, A100, 1, 1, on_h100) is step_times(OPT13, A100, 1, 1)
+    assert latency.profile_for(OPT13, L40S, on_h100) is None
+    assert step_times(OPT13, L40S, 1, 1, on_h100).provenance.source == "roofline"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Lengths, arrivals, traces and what is learned from counters."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggserve import workload
-from disaggserve.workload import BadLengths, BadTrace, Lengths, Workload, WorkloadError
+from disaggserve.workload import BadLengths, BadTrace, Lengths, Requests, Workload, WorkloadError
+from tests.data import shared
 
 
 def lengths(*rows):
@@ -19,7 +21,13 @@ def lengths(*rows):
 
 @pytest.mark.parametrize(
     ("name", "n", "means"),
-    [("sharegpt", 1600, (758.7, 186.3)), ("humaneval", 164, None), ("longbench", 1600, (1718, 83))],
+    [
+        ("sharegpt", 1600, (758.7, 186.3)),
+        ("humaneval", 164, None),
+        ("longbench", 1600, (1718, 83)),
+        ("azure-conv", 1000, (1155, 211)),
+        ("azure-code", 1000, (2048, 28)),
+    ],
 )
 def test_presets_are_the_shipped_tables(name, n, means):
     p = workload.preset(name)
@@ -28,6 +36,24 @@ def test_presets_are_the_shipped_tables(name, n, means):
     assert min(p.input.min(), p.output.min()) >= 1
     if means:
         assert (p.input.mean(), p.output.mean()) == pytest.approx(means, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "medians"), [("azure-conv", (1020, 129)), ("azure-code", (1500, 13))])
+def test_azure_presets_have_the_published_medians(name, medians):
+    p = workload.preset(name)
+    assert (np.median(p.input), np.median(p.output)) == pytest.approx(medians, rel=0.03)
+
+
+def test_the_conversation_preset_is_the_trace_in_small():
+    t, p = (
+        workload.read_trace(shared("traces/AzureLLMInferenceTrace_conv.csv")),
+        workload.preset("azure-conv"),
+    )
+    for small, whole in ((p.input, t.input), (p.output, t.output)):
+        q = [10, 25, 50, 75, 90, 99]
+        assert np.percentile(small, q) == pytest.approx(np.percentile(whole, q), rel=0.08)
+    together = [np.corrcoef(x.input, x.output)[0, 1] for x in (p, t)]
+    assert together[0] == pytest.approx(together[1], abs=0.01)
 
 
 def test_an_unknown_preset_names_the_known():
@@ -177,6 +203,195 @@ def test_a_file_without_requests_says_so(tmp_path, text, words):
         workload.read_trace(trace(tmp_path, text))
 
 
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+def test_azure_rows_count_from_the_first_one_over_midnight(tmp_path):
+    rows = "2023-11-16 23:59:59.6805904,374,44\n2023-11-17 00:00:00.6805906,396,109\n2023-11-17 00:00:00.6805906,1,2\n2023-11-17 00:00:02,3,4\n"
+    r = workload.read_trace(trace(tmp_path, AZURE + rows))
+    assert r.arrival_ns.tolist() == [0, 1_000_001_000, 1_000_001_000, 2_319_410_000]
+    assert (r.input.tolist(), r.output.tolist()) == ([374, 396, 1, 3], [44, 109, 2, 4])
+    assert r.cached is None
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("2023-11-16 18:15:46.68,5,5", "arrives at 2023-11-16 18:15:46.68, before the line above"),
+        ("18:15:50,5,5", "TIMESTAMP is '18:15:50'"),
+        ("2023-02-30 18:15:50,5,5", "TIMESTAMP is '2023-02-30 18:15:50'"),
+        ("2023-11-16 18:15:50.x,5,5", "TIMESTAMP is"),
+        (",5,5", "TIMESTAMP is ''"),
+        ("2023-11-16 18:15:50,-5,5", "ContextTokens is '-5'"),
+        ("2023-11-16 18:15:50,5,0", "GeneratedTokens is '0'"),
+        ("2023-11-16 18:15:50,5,nan", "GeneratedTokens is 'nan'"),
+        ("2023-11-16 18:15:50,1000000,5", "ContextTokens is '1000000'"),
+        ("2023-11-16 18:15:50,5", "has 2 columns"),
+    ],
+)
+def test_a_bad_azure_row_is_named_by_its_line(tmp_path, row, words):
+    with pytest.raises(BadTrace, match=words) as e:
+        workload.read_trace(trace(tmp_path, f"{AZURE}2023-11-16 18:15:46.6805900,374,44\n{row}\n"))
+    assert "line 3:" in str(e.value)
+
+
+def mooncake(*rows):
+    names = ("timestamp", "input_length", "output_length", "hash_ids")
+    return "".join(json.dumps(dict(zip(names, r, strict=True))) + "\n" for r in rows)
+
+
+def test_mooncake_rows_have_what_the_prefix_cache_holds(tmp_path):
+    text = mooncake(
+        (0, 1500, 6, [0, 1, 2]),
+        (0, 1100, 4, [0, 1, 3]),
+        (27, 1024, 3, [0, 1]),
+        (277.5, 900, 9, [4, 1]),
+        (300, 700, 9, []),
+        (300, 1500, 5, [0, 1, 2]),
+    )
+    r = workload.read_trace(trace(tmp_path, text))
+    assert (r.arrival_ns // 1000).tolist() == [0, 0, 27_000, 277_500, 300_000, 300_000]
+    assert r.cached.dtype == np.int32
+    # A prompt of whole blocks that are all there still computes its last token; a block counts behind its
+    # predecessors only.
+    assert r.cached.tolist() == [0, 1024, 1023, 0, 0, 1499]
+
+
+def test_a_prefix_cache_forgets_the_least_recent_and_tails_first(tmp_path):
+    text = mooncake((0, 1024, 1, [0, 1]), (1, 1024, 1, [2, 3]), (2, 1024, 1, [0, 1]), (3, 1536, 1, [2, 3, 4]))
+    read = trace(tmp_path, text)
+    # Of three blocks: after the second request 2, 3 and 0 are left; after the third 0, 1 and 2.
+    assert workload.read_trace(read, cache_blocks=3).cached.tolist() == [0, 0, 512, 512]
+    assert workload.read_trace(read, cache_blocks=4).cached.tolist() == [0, 0, 1023, 1024]
+    assert workload.read_trace(read, cache_blocks=0).cached is None
+
+
+def test_requests_above_the_context_fill_no_cache(tmp_path):
+    text = mooncake((0, 1024, 977, [0, 1]), (1, 1024, 976, [0, 1]), (2, 1024, 976, [0, 1]))
+    r, left_out = workload.read_trace(trace(tmp_path, text), context_length=2000).within(2000)
+    assert (r.cached.tolist(), left_out, len(r)) == ([0, 1023], 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "is no JSON object"),
+        ("", "is no JSON object"),
+        (
+            '{"timestamp": 5, "input_length": 7}',
+            "is no JSON object with timestamp, input_length, output_length",
+        ),
+        (mooncake((1, 5, 5, [])), "arrives at 1 ms, before the line above"),
+        (mooncake((-1, 5, 5, [])), "timestamp is -1"),
+        (mooncake((math.nan, 5, 5, [])), "timestamp is nan"),
+        (mooncake(("9", 5, 5, [])), "timestamp is '9'"),
+        (mooncake((9, -5, 5, [])), "input_length is -5"),
+        (mooncake((9, 5, 0, [])), "output_length is 0"),
+        (mooncake((9, 5.5, 5, [])), "input_length is 5.5"),
+        (mooncake((9, None, 5, [])), "input_length is None"),
+        (mooncake((9, 1_000_000, 5, [])), "input_length is 1000000"),
+        (mooncake((9, 512, 5, [1, 2])), "hash_ids has 2 blocks"),
+        (mooncake((9, 512, 5, ["a"])), "hash_ids is no list"),
+    ],
+)
+def test_a_bad_mooncake_row_is_named_by_its_line(tmp_path, line, words):
+    with pytest.raises(BadTrace, match=words) as e:
+        workload.read_trace(trace(tmp_path, mooncake((2, 5, 5, [1])) + line.strip() + "\n"))
+    assert "line 2:" in str(e.value)
+
+
+def test_our_own_traces_may_say_what_is_cached(tmp_path):
+    header = "arrival_s,input_tokens,output_tokens,cached_tokens\n"
+    r = workload.read_trace(trace(tmp_path, header + "0,55,4,0\n1,829,170,828\n"))
+    assert r.cached.tolist() == [0, 828]
+    assert r.take(r.input > 100).cached.tolist() == [828]
+    with pytest.raises(BadTrace, match="line 2: cached_tokens is 55 of a prompt of 55"):
+        workload.read_trace(trace(tmp_path, header + "0,55,4,55\n"))
+    with pytest.raises(BadTrace, match="line 2: cached_tokens is '-1'"):
+        workload.read_trace(trace(tmp_path, header + "0,55,4,-1\n"))
+
+
+def test_the_published_traces_are_read_whole():
+    azure = workload.read_trace(shared("traces/AzureLLMInferenceTrace_conv.csv"))
+    assert (len(azure), int(azure.arrival_ns[-1])) == (19366, 3_501_721_937_000)
+    assert azure.within(8192)[1] == int(np.count_nonzero(azure.input + azure.output > 8192))
+    mooncake = workload.read_trace(shared("traces/mooncake_synthetic_trace.jsonl"))
+    assert (len(mooncake), int(mooncake.arrival_ns[-1])) == (3993, 1_022_025_000_000)
+    # The Mooncake paper's table has a cache ratio of 66 % for it.
+    assert mooncake.cached.sum() / mooncake.input.sum() == pytest.approx(0.66, abs=0.015)
+
+
+# --------------------------------------------------------------------------------------------- traces as workload
+
+
+def own(*arrivals_ms):
+    n = len(arrivals_ms)
+    lens = np.arange(1, n + 1, dtype=np.int32)
+    return Requests(np.array(arrivals_ms, dtype=np.int64) * 1_000_000, lens, lens, lens - 1)
+
+
+def test_a_trace_is_a_workload_with_its_rate_variation_and_lengths():
+    w = workload.from_trace(own(500, 600, 1000, 1500), "t.csv")
+    assert (w.rate, w.source) == (3.0, "t.csv")
+    assert w.cv == pytest.approx(np.std([100, 400, 500]) / np.mean([100, 400, 500]), abs=1e-6)
+    assert (w.lengths.input.tolist(), w.lengths.output.tolist()) == ([1, 2, 3, 4], [1, 2, 3, 4])
+
+
+def test_seed_0_at_its_own_rate_is_the_trace_itself_and_begins_again():
+    r = workload.from_trace(own(500, 600, 1000, 1500), "t").requests(2.5, 0)
+    # Once around is its second and its mean gap of 333,333 µs.
+    assert (r.arrival_ns // 1000).tolist() == [0, 100_000, 500_000, 1_000_000, 1_333_333, 1_433_333, 1_833_333, 2_333_333]  # fmt: skip
+    assert r.input.tolist() == [1, 2, 3, 4, 1, 2, 3, 4]
+    assert r.cached.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_another_rate_scales_a_trace_in_time_and_another_seed_starts_elsewhere():
+    w = workload.from_trace(own(500, 600, 1000, 1500), "t")
+    fast = Workload(6.0, w.cv, w.lengths, "t", w.trace).requests(1.0, 0)
+    assert (fast.arrival_ns // 1000).tolist() == [0, 50_000, 250_000, 500_000, 666_666, 716_666, 916_666]
+    firsts = [int(w.requests(1.0, seed).input[0]) for seed in (0, 1, 2, 3)]
+    assert firsts == [1, 3, 1, 4]  # multiples of the golden ratio
+    other = w.requests(1.1, 1)
+    assert (other.input.tolist(), (other.arrival_ns // 1000).tolist()) == (
+        [3, 4, 1, 2],
+        [0, 500_000, 833_333, 933_333],
+    )
+
+
+@given(
+    st.lists(st.integers(0, 10_000), min_size=2, max_size=30).filter(lambda ms: max(ms) > min(ms)),
+    st.floats(0.05, 200),
+    st.integers(0, 10**6),
+)
+def test_a_replayed_trace_keeps_order_and_rate(ms, rate, seed):
+    w = workload.from_trace(own(*sorted(ms)), "t")
+    long, short = (Workload(rate, 1, w.lengths, "t", w.trace).requests(s / rate, seed) for s in (900, 300))
+    gaps = np.diff(long.arrival_ns)
+    assert np.all(gaps >= 0)
+    assert long.arrival_ns[0] == 0
+    assert long.arrival_ns[-1] < 900e9 / rate
+    assert len(long) == pytest.approx(900, abs=31)
+    assert np.array_equal(long.input % len(ms), (long.input[0] + np.arange(len(long))) % len(ms))
+    assert np.array_equal(long.arrival_ns[: len(short)], short.arrival_ns)
+
+
+@pytest.mark.parametrize("arrivals", [(), (5,), (5, 5)])
+def test_a_trace_of_one_moment_has_no_rate(arrivals):
+    with pytest.raises(BadTrace, match="has no rate"):
+        workload.from_trace(own(*arrivals), "t")
+
+
+def test_a_trace_may_run_faster_from_its_first_request_on():
+    r = own(500, 600, 1000).faster(2)
+    assert (r.arrival_ns // 1000).tolist() == [500_000, 550_000, 750_000]
+    assert r.cached.tolist() == [0, 1, 2]
+    with pytest.raises(WorkloadError, match="speed is 0"):
+        own(1, 2).faster(0)
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
 def test_a_missing_file_says_so(tmp_path):
     with pytest.raises(BadTrace, match="cannot be read"):
         workload.read_trace(tmp_path / "none.csv")
@@ -188,6 +403,22 @@ def test_lengths_files_take_both_headers(tmp_path):
         assert (table.input.tolist(), table.output.tolist(), table.name) == ([5, 7], [6, 8], "t")
     with pytest.raises(BadLengths, match="line 2: the input is '0'"):
         workload.read_lengths(trace(tmp_path, "input_tokens,output_tokens\n0,6\n"))
+
+
+def test_weights_make_a_histogram_of_lengths(tmp_path):
+    table = workload.read_lengths(
+        trace(tmp_path, "input_tokens,output_tokens,weight\n5,6,1\n7,8,0\n9,10,2.999\n")
+    )
+    counted = dict(zip(*(x.tolist() for x in np.unique(table.input, return_counts=True)), strict=True))
+    assert counted == {5: 5001, 9: 14999}
+    assert np.array_equal(table.output, table.input + 1)
+    for weight in ("-1", "nan", "inf", "", "x"):
+        with pytest.raises(BadLengths, match="line 3: weight is"):
+            workload.read_lengths(
+                trace(tmp_path, f"input_tokens,output_tokens,weight\n5,6,1\n5,6,{weight}\n")
+            )
+    with pytest.raises(BadLengths, match="every weight is 0"):
+        workload.read_lengths(trace(tmp_path, "input_tokens,output_tokens,weight\n5,6,0\n"))
 
 
 # ------------------------------------------------------------------------------------------------------- counters

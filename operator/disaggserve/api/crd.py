@@ -38,8 +38,7 @@ class CannotExpress(TypeError):
 
 def _node(schema: dict[str, Any], defs: dict[str, Any], at: str) -> dict[str, Any]:
     if "$ref" in schema:
-        target = dict(defs[schema["$ref"].rsplit("/", 1)[1]])
-        target.pop("description", None)
+        target = defs[schema["$ref"].rsplit("/", 1)[1]]
         return _node(target | {k: v for k, v in schema.items() if k != "$ref"}, defs, at)
     if "anyOf" in schema:
         variants = [v for v in schema["anyOf"] if v != {"type": "null"}]

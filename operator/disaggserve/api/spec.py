@@ -17,6 +17,7 @@ Duration = Annotated[str, Field(pattern=DURATION_PATTERN, max_length=20)]
 ShortText = Annotated[str, Field(max_length=253)]
 LongText = Annotated[str, Field(max_length=1024)]
 Labels = Annotated[dict[ShortText, ShortText], Field(max_length=64)]
+Price = Annotated[float, Field(gt=0, le=1_000_000)]
 
 OWNED_FLAGS = (
     "--model",
@@ -134,7 +135,7 @@ class Model(ApiModel):
     )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         default="auto",
-        description="Type of weights and activations; auto is what the checkpoint says. Example: bfloat16.",
+        description="Type of weights and activations; auto is what the checkpoint says. float32 comes later and is refused. Example: bfloat16.",
     )
     kv_dtype: Literal["auto", "fp8"] = Field(
         default="auto",
@@ -151,6 +152,12 @@ class Model(ApiModel):
             "self.kvDtype != 'fp8'",
             "fp8 KV is not carried out by this release; write auto",
             lambda s: s.kv_dtype != "fp8",
+        ),
+        _later(
+            "dtype",
+            "self.dtype != 'float32'",
+            "float32 is not planned for by this release; write auto, float16 or bfloat16",
+            lambda s: s.dtype != "float32",
         ),
         Rule(
             "!has(self.config) || self.config.trim().startsWith('{')",
@@ -184,7 +191,7 @@ class Slo(ApiModel):
 
 
 class Lengths(ApiModel):
-    preset: Literal["sharegpt", "humaneval", "longbench"] = Field(
+    preset: Literal["sharegpt", "humaneval", "longbench", "azure-conv", "azure-code"] = Field(
         description="A joint table of prompt and output lengths. Example: sharegpt (means 759 and 186 tokens)."
     )
     input_scale: float = Field(
@@ -242,6 +249,11 @@ class HardwareSpec(ApiModel):
     affinity: Literal["Auto", "High", "Low"] = Field(
         default="Auto",
         description="Fabric between nodes: High (KV crosses nodes by RDMA), Low (it must stay inside a node), Auto reads the nodes' labels. Example: Auto.",
+    )
+
+    prices: Annotated[dict[ShortText, Price], Field(max_length=16)] = Field(
+        default_factory=dict,
+        description="Price of a GPU-hour by product label, in any one currency. With them Joint looks for the lowest cost, on the products that have a price. Example: {NVIDIA-A100-SXM4-80GB: 1.8}.",
     )
 
     rules = (
@@ -334,13 +346,19 @@ class PodSpec(ApiModel):
     """What a platform team may set on the pods; the operator owns the rest."""
 
     tolerations: tuple[Toleration, ...] = Field(
-        default=(), max_length=16, description="Taints that the pods tolerate, beside nvidia.com/gpu."
+        default=(),
+        max_length=16,
+        description="Taints that the pods tolerate, beside nvidia.com/gpu. Example: [{key: team, operator: Exists}].",
     )
     resources: Resources = Field(
         default_factory=Resources,
         description="CPU, memory, storage and RDMA of one pod; GPUs are the operator's.",
     )
-    env: tuple[EnvVar, ...] = Field(default=(), max_length=32, description="Environment variables.")
+    env: tuple[EnvVar, ...] = Field(
+        default=(),
+        max_length=32,
+        description='Environment variables. Example: [{name: HF_HUB_OFFLINE, value: "1"}].',
+    )
     annotations: Labels = Field(
         default_factory=dict, description="Annotations of the pods. Example: {team: search}."
     )
@@ -376,7 +394,7 @@ class EngineSpec(ApiModel):
     args: tuple[LongText, ...] = Field(
         default=(),
         max_length=32,
-        description='More arguments of the engine. Flags that the operator sets are refused by name. Example: [--max-batch, "64"].',
+        description='More arguments of the engine. Flags that the operator sets are refused by name. Example: [--kv-blocks, "4096"].',
     )
     pod: PodSpec = Field(default_factory=PodSpec, description="Parts of the worker pods.")
 
@@ -400,17 +418,8 @@ class EngineSpec(ApiModel):
 
 class PlannerSpec(ApiModel):
     algorithm: Literal["Joint", "DistServe", "HighAffinity", "LowAffinity"] = Field(
-        default="DistServe",
-        description="Which search: DistServe lets the fabric choose between the paper's Algorithm 1 (HighAffinity) and 2 (LowAffinity); Joint comes later and is refused. Example: DistServe.",
-    )
-
-    rules = (
-        _later(
-            "algorithm",
-            "self.algorithm != 'Joint'",
-            "Joint is not carried out by this release; write DistServe, HighAffinity or LowAffinity",
-            lambda s: s.algorithm != "Joint",
-        ),
+        default="Joint",
+        description="Which search: Joint looks at shapes and numbers of both roles together; DistServe lets the fabric choose between the paper's Algorithm 1 (HighAffinity) and 2 (LowAffinity). Example: Joint.",
     )
 
 
@@ -426,7 +435,8 @@ class ReplanSpec(ApiModel):
     )
     min_dwell: Duration = Field(default="10m", description="Shortest time between two plans. Example: 10m.")
     horizon: Duration = Field(
-        default="6h", description="Time over which a switch must pay for itself. Example: 6h."
+        default="6h",
+        description="Time over which a smaller plan must save more GPU time than the switch costs. Example: 6h.",
     )
     max_per_hour: int = Field(
         default=2, ge=1, le=60, description="Most new plans in an hour that traffic may cause. Example: 2."
@@ -487,7 +497,9 @@ class RouterSpec(ApiModel):
         default=1, ge=1, le=16, description="Routers; above 1 comes later and is refused. Example: 1."
     )
     image: LongText | None = Field(
-        default=None, min_length=1, description="Image of the router; the release's own when left out."
+        default=None,
+        min_length=1,
+        description="Image of the router; the release's own when left out. Example: example.com/disaggserve-router:0.1.0.",
     )
     pod: PodSpec = Field(default_factory=PodSpec, description="Parts of the router pods.")
 
@@ -505,7 +517,9 @@ class PinnedPlan(ApiModel):
     """A plan by hand: copy `status.plan.roles` here and change it."""
 
     roles: tuple[RolePlan, ...] = Field(
-        min_length=1, max_length=16, description="The shape of status.plan.roles; nodes may be left out."
+        min_length=1,
+        max_length=16,
+        description="The shape of status.plan.roles; nodes may be left out. Example: [{role: prefill, tp: 2, pp: 1, count: 1}, {role: decode, tp: 1, pp: 1, count: 2}].",
     )
 
     rules = (

@@ -63,6 +63,7 @@ KINDS = {
     "ServiceAccount": Kind("v1", "serviceaccounts"),
     "Service": Kind("v1", "services"),
     "RoleBinding": Kind("rbac.authorization.k8s.io/v1", "rolebindings"),
+    "NetworkPolicy": Kind("networking.k8s.io/v1", "networkpolicies"),
     "Deployment": Kind("apps/v1", "deployments"),
     "PodDisruptionBudget": Kind("policy/v1", "poddisruptionbudgets"),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from concurrent.futures import BrokenExecutor
 from typing import Any
 
 import kopf
@@ -62,6 +63,15 @@ class Queue:
                 again_s = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
                 failures += 1
                 log.warning("%s/%s: %s; again in %.0f s", *key, error, again_s)
+            except BrokenExecutor:
+                metrics.RECONCILES.labels("search_died").inc()
+                again_s = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
+                failures += 1
+                log.warning(
+                    "%s/%s: the search process died (is its memory limit too low?); again in %.0f s",
+                    *key,
+                    again_s,
+                )
             except (
                 Exception
             ):  # a defect of ours with one resource must not stop the others: say it, count it, go on

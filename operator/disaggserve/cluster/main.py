@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
-import os
 import signal
-from concurrent.futures import ProcessPoolExecutor
 
 import kopf
 from aiohttp import web
@@ -19,29 +16,27 @@ from disaggserve.cluster.clock import WallClock
 from disaggserve.cluster.handlers import Queue, registry
 from disaggserve.cluster.leader import Leader
 from disaggserve.cluster.reconcile import Reconciler
+from disaggserve.cluster.search_pool import SearchPool
 from disaggserve.cluster.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
-def _warm_up() -> None:
-    """Runs in the search process: loads the compiled kernel there, so that no search and no watch waits for it."""
-    os.nice(5)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from disaggserve import plan
-
-    plan.warm_up()
-
-
-async def _health(settings: Settings) -> web.AppRunner:
+async def _health(settings: Settings, searches: SearchPool) -> web.AppRunner:
     async def healthz(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
+
+    async def readyz(_: web.Request) -> web.Response:
+        """A Deployment that rolls keeps its old pod until the new one need not wait for a compiler."""
+        if searches.warm:
+            return web.Response(text="ok\n")
+        return web.Response(status=503, text="warming: the simulator is loaded or compiled; all else works\n")
 
     async def scrape(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(metrics.REGISTRY), content_type="text/plain")
 
     app = web.Application()
-    app.add_routes([web.get("/healthz", healthz), web.get("/metrics", scrape)])
+    app.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/metrics", scrape)])
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, settings.health_host, settings.health_port).start()
@@ -70,11 +65,8 @@ async def _serve(settings: Settings) -> None:
         loop.call_soon_threadsafe(leading.set)
 
     leader = Leader(settings, clock, lead)
-    health = await _health(settings)
-    # Forked before any thread runs would be faster; spawned is right whatever runs.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(settings.search_processes, mp_context=context, initializer=_warm_up) as pool:
-        warm = loop.run_in_executor(pool, os.getpid)
+    with SearchPool(settings.search_processes) as searches:
+        health = await _health(settings, searches)
         leader.start()
         waits = [asyncio.create_task(leading.wait()), asyncio.create_task(stop.wait())]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -82,7 +74,7 @@ async def _serve(settings: Settings) -> None:
             log.info("leading as %s", settings.identity)
             metrics.LEADING.set(1)
             cluster = Cluster(await connect(), leader.fence)
-            reconciler = Reconciler(cluster, settings, clock, pool)
+            reconciler = Reconciler(cluster, settings, clock, searches)
             queue = Queue(reconciler.reconcile)
             await kopf.operator(
                 registry=registry(queue),
@@ -94,10 +86,6 @@ async def _serve(settings: Settings) -> None:
             )
             await queue.close()
             await cluster.close()
-        warm.cancel()
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
     await health.cleanup()
     await asyncio.to_thread(leader.release)
 

@@ -56,7 +56,7 @@ def planned_node(pod: Json) -> str:
 
 
 def trouble(pod: Json) -> str:
-    """Why a pod does not run, in the words of its node; empty when nothing is known to be wrong."""
+    """Why a pod does not run, in the words of its node or of the scheduler; empty when nothing is known to be wrong."""
     statuses = [*pod["status"].get("initContainerStatuses", ()), *pod["status"].get("containerStatuses", ())]
     for status in statuses:
         waiting = status.get("state", {}).get("waiting", {})
@@ -68,7 +68,8 @@ def trouble(pod: Json) -> str:
             return f"exit {ended['exitCode']}: {words[-1][:300]}" if words else f"exit {ended['exitCode']}"
         if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
             return f"{waiting['reason']}: {waiting.get('message', '')}"[:300]
-    return ""
+    scheduled = condition(pod["status"].get("conditions", []), "PodScheduled")
+    return str(scheduled.get("message", ""))[:300] if scheduled.get("status") == "False" else ""
 
 
 def instance(pod: Json, nodes: set[str], lost: set[str], now_s: float) -> Instance:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,16 +18,17 @@ from disaggserve import drift, manifests, plan, rollout
 from disaggserve.api.errors import DisaggServeError, Infeasible, InvalidManifest
 from disaggserve.api.manifest import parse_spec
 from disaggserve.api.model import seconds
-from disaggserve.api.plan import Commit, ExcludedNode, Slot, digest
+from disaggserve.api.plan import Commit, ExcludedNode, Plan, Slot, digest
 from disaggserve.api.spec import Spec
 from disaggserve.api.status import Decision, Observed, Proposal, RolloutStatus
 from disaggserve.cluster import commit as commits
-from disaggserve.cluster import events, metrics, observe, searching
+from disaggserve.cluster import metrics, observe, searching
 from disaggserve.cluster.apply import apply_all
-from disaggserve.cluster.client import PODS, RESOURCES, Cluster, Json, condition
+from disaggserve.cluster.client import PODS, RESOURCES, ApiError, Cluster, Json, condition
 from disaggserve.cluster.clock import Clock, parse_rfc3339, rfc3339
 from disaggserve.cluster.commit import Stored
 from disaggserve.cluster.conditions import Report, merge_diff
+from disaggserve.cluster.events import Events
 from disaggserve.cluster.prometheus import Traffic
 from disaggserve.cluster.settings import Settings
 from disaggserve.manifests import Owner
@@ -42,6 +44,8 @@ _DRAIN_POLL_S = 0.5
 _WAIT_POLL_S = 2.0
 _RETRY_S = 10.0
 _REST_S = 300.0
+_REFUSALS = (400, 403, 404, 422)
+"""What asking again does not help: quota, Pod Security, an admission webhook, a missing service account or namespace."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,18 @@ class Reconciler:
         self._traffic = Traffic(settings.prometheus_url)
         self._committing = asyncio.Lock()
         self._memory: dict[str, Memory] = {}
+        self._events = Events(cluster)
+        self._uids: dict[tuple[str, str], str] = {}
 
     async def reconcile(self, namespace: str, name: str) -> float | None:
         """Seconds after which to look again at the latest; None when the resource is gone."""
         resource = await self._cluster.get(RESOURCES, namespace, name)
         if resource is None or "deletionTimestamp" in resource["metadata"]:
+            self._forget(namespace, name)
             return None
         owner = Owner(name, namespace, resource["metadata"]["uid"])
+        if self._uids.setdefault((namespace, name), owner.uid) != owner.uid:
+            self._forget(namespace, name)  # another of the same name by now
         report = Report(int(resource["metadata"]["generation"]))
         again_s = _REST_S
         try:
@@ -127,6 +136,14 @@ class Reconciler:
             again_s = await self._carry_out(owner, spec, report, resource.get("status", {}))
         await self._write_status(owner, resource, report)
         return again_s
+
+    def _forget(self, namespace: str, name: str) -> None:
+        """What was kept of a resource that is gone; its series would stand still for ever."""
+        uid = self._uids.pop((namespace, name), "")
+        self._memory.pop(uid, None)
+        self._events.forget(uid)
+        with suppress(KeyError):
+            metrics.GPUS.remove(namespace, name)
 
     async def _carry_out(self, owner: Owner, spec: Spec, report: Report, old: Json) -> float:
         now_s = self._clock.now_s()
@@ -142,6 +159,8 @@ class Reconciler:
         again_s = seconds(spec.replan.interval) if spec.replan.mode != "Off" else _REST_S
         if snap.commits:
             latest = snap.commits[-1]
+            if "PlanFeasible" not in report.conditions:
+                _say_feasible(report, spec, latest.commit.plan)
             report.plan = report.plan or latest.commit.plan
             report.decision = report.decision or _decision(latest)
             report.url = manifests.url(owner)
@@ -182,7 +201,6 @@ class Reconciler:
     ) -> observe.Snapshot:
         """Commits another plan where one is due; returns the snapshot that the rest acts on."""
         why = why_replan(spec, snap, now_s)
-        report.set("PlanFeasible", "True", "Planned", "the committed plan keeps the promise in simulation")
         if why is None and looked and memory.traffic is not None:
             memory.verdict = await self._judge(spec, snap, memory.traffic, now_s)
         if why is not None:
@@ -267,14 +285,14 @@ class Reconciler:
                     reason = f"{why.cause}: a new plan waits: {blocked}"
                     report.decision = Decision(time=rfc3339(now_s), action="Hold", reason=reason[:4000])
                     report.set("Progressing", "False", "HeldForGPUs", reason)
-                    await events.say(self._cluster, owner, "Warning", "Hold", reason, now_s, why.cause)
+                    await self._events.say(owner, "Warning", "Hold", reason, now_s, why.cause)
                     return snap
                 return await self._commit(owner, spec, snap, draft, why, excluded, now_s)
         except Infeasible as error:
             await self._infeasible(owner, snap, report, error, why, now_s)
         except DisaggServeError as error:
             report.set("PlanFeasible", "False", type(error).__name__, str(error))
-            await events.say(self._cluster, owner, "Warning", "NoPlan", str(error), now_s, why.cause)
+            await self._events.say(owner, "Warning", "NoPlan", str(error), now_s, why.cause)
         return snap
 
     async def _search(
@@ -350,7 +368,7 @@ class Reconciler:
             metrics.COMMITS.labels(why.cause).inc()
             note = f"revision {number}: {plan.in_words(commit.plan)} ({why.reason})"
             reason = "Replan" if why.cause == "Drift" else "RollBack" if why.cause == "RollBack" else "Plan"
-            await events.say(self._cluster, owner, "Normal", reason, note, now_s, str(number))
+            await self._events.say(owner, "Normal", reason, note, now_s, str(number))
             log.info("%s/%s: %s", owner.namespace, owner.name, note)
         return await observe.snapshot(self._cluster, owner, now_s)
 
@@ -364,7 +382,7 @@ class Reconciler:
             if others:
                 message += f"; {others} GPUs are held or claimed by others"
         report.set("PlanFeasible", "False", reason, message)
-        await events.say(self._cluster, owner, "Warning", "Infeasible", message, now_s, why.cause)
+        await self._events.say(owner, "Warning", "Infeasible", message, now_s, why.cause)
 
     async def _run(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
@@ -381,17 +399,35 @@ class Reconciler:
         facts = self._facts(snap, latest.commit.excluded_nodes, now_s)
         instances = await observe.with_loads(snap.instances, snap.routers)
         step = rollout.next_step(instances, current, target, self._limits(spec, facts))
+        refused = ""
         if not spec.paused:
-            images = self._settings.images
-            context = plan.context_length(spec)
-            await apply_all(self._cluster, manifests.around(owner, spec, context, images))
-            await self._take(owner, spec, step, latest, context, now_s)
-            await apply_all(self._cluster, [manifests.disruption_budget(owner, len(target))])
-            await commits.prune(self._cluster, owner, snap.commits)
+            try:
+                await self._write(owner, spec, snap, step, now_s)
+            except ApiError as error:
+                if error.status not in _REFUSALS:
+                    raise
+                refused = str(error)
         self._say_progress(report, snap, instances, target, step, latest)
+        if refused:
+            message = f"the API server refuses what revision {latest.revision} needs: {refused}"
+            report.set("Progressing", "False", "Refused", message)
+            await self._events.say(owner, "Warning", "Refused", message, now_s)
+            return _RETRY_S
         if any(i.drain_age_s is not None for i in instances) or step.acts:
             return _DRAIN_POLL_S
         return _WAIT_POLL_S if not step.done else _REST_S
+
+    async def _write(
+        self, owner: Owner, spec: Spec, snap: observe.Snapshot, step: rollout.Step, now_s: float
+    ) -> None:
+        """Everything around the instances, then the step. Raises ApiError."""
+        latest = snap.commits[-1]
+        context = plan.context_length(spec)
+        await apply_all(self._cluster, manifests.around(owner, spec, context, self._settings.images))
+        await self._take(owner, spec, step, latest, context, now_s)
+        budget = manifests.disruption_budget(owner, len(latest.commit.instances))
+        await apply_all(self._cluster, [budget])
+        await commits.prune(self._cluster, owner, snap.commits)
 
     async def _take(
         self, owner: Owner, spec: Spec, step: rollout.Step, latest: Stored, context: int, now_s: float
@@ -440,7 +476,11 @@ class Reconciler:
         ready = set(map(rollout.identity, (i.slot for i in serving)))
         count = sum(rollout.identity(s) in ready for s in target)
         words = f"{count} of {len(target)} planned instances and {'a' if router else 'no'} router ready"
-        troubles = [f"{p['metadata']['name']}: {t}" for p in snap.own_pods if (t := observe.trouble(p))]
+        troubles = [
+            f"{p['metadata']['name']}: {t}"
+            for p in (*snap.own_pods, *snap.routers)
+            if (t := observe.trouble(p))
+        ]
         if troubles:
             words += "; " + "; ".join(troubles[:3])
         if pairs and router:
@@ -514,6 +554,16 @@ class Reconciler:
         if patch:
             body = {"metadata": {"uid": owner.uid}, "status": patch}
             await self._cluster.merge(RESOURCES, owner.namespace, owner.name, body, subresource="status")
+
+
+def _say_feasible(report: Report, spec: Spec, committed: Plan) -> None:
+    """A plan by hand is carried out as given, whatever the simulator says of it; that is said."""
+    attains, target = committed.predicted.attainment, spec.slo.attainment
+    if committed.algorithm == "ByHand" and attains < target:
+        message = f"the plan by hand is carried out, and misses the promise in simulation: {attains:.1%} of {target:.1%}"
+        report.set("PlanFeasible", "False", "PlanByHandMisses", message)
+    else:
+        report.set("PlanFeasible", "True", "Planned", "the committed plan keeps the promise in simulation")
 
 
 def _keep_advice(report: Report, old: Json) -> None:

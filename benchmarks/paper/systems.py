@@ -1,0 +1,196 @@
+"""The systems under test as deployments of the simulator.
+
+* DistServe's own placement: the engine that the paper ran, prompts batched to 8,192 tokens and 128 requests, KV pulled at
+  25 GB/s inside decode's loop, preempted requests swapped at 20 GB/s (REFERENCE § 4), DistServe's fits.
+* vLLM: colocated, whole prompts before decode steps, vLLM's own fits (OPT-13B and 66B).
+* DeepSpeed-MII: colocated, prompts split and fused with decode steps up to 768 tokens (DeepSpeed's default
+  `max_ragged_batch_size`). There is no fit of MII: DistServe's stand in, so only its scheduling differs here.
+* Algorithm 1, Algorithm 2, joint: what our own searches place on 4 nodes of 8 GPUs, on our own engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import disaggserve
+from benchmarks.paper.facts import GPU, NODE_GPUS, NODES, Application
+from benchmarks.paper.measure import System
+from disaggserve import catalogue, engines, latency, search
+from disaggserve.api.errors import Infeasible
+from disaggserve.engines import Role
+from disaggserve.hardware import Inventory, Node
+from disaggserve.simulate import Deployment, Pool
+from disaggserve.workload import Lengths, Workload, preset
+
+A100 = catalogue.gpu(GPU)
+VLLM_FITS = Path(disaggserve.__file__).parent / "data/profiles/profiler-a100-80g.vllm.json"
+VLLM_TOKENS = 65_536  # of prompts in a step, as the paper's scripts start it
+MII_TOKENS = 768
+PULL_BYTES_S, SWAP_BYTES_S = 25e9, 20e9
+ENGINE_TOKENS, ENGINE_REQUESTS = 8192, 128
+VLLM_TPS = (1, 2, 4, 8)
+PLANNED_RATES = (0.5, 1.0, 2.0, 3.0)  # × what the paper measured on 8 GPUs, for Algorithm 1's ⌈R/goodput⌉
+
+
+def lengths(app: Application) -> Lengths:
+    return preset(app.lengths).scaled(1.0, catalogue.model(app.model).max_positions)
+
+
+def own(app: Application) -> System:
+    """The paper's placement on the engine that it ran."""
+    model = catalogue.model(app.model)
+
+    def pool(tp: int, pp: int) -> Pool:
+        times, blocks = latency.step_times(model, A100, tp, pp), catalogue.kv_blocks(model, A100, tp, pp)
+        return Pool(1, times, blocks, ENGINE_TOKENS, batch_requests=ENGINE_REQUESTS)
+
+    prefill = pool(*app.prefill)
+    deployment = Deployment(
+        (prefill,),
+        (pool(*app.decode),),
+        model.kv_bytes_per_token(),
+        PULL_BYTES_S,
+        transfer="inline",
+        swap_bytes_s=SWAP_BYTES_S,
+    )
+    words = f"prefill {_shape(*app.prefill)}, decode {_shape(*app.decode)}"
+    return System("DistServe", words, app.gpus, deployment, prefill.times.provenance.describe())
+
+
+def vllm(app: Application, tp: int) -> System | None:
+    """One colocated instance, prompts first; None where the model does not fit."""
+    model = catalogue.model(app.model)
+    profile = latency.Profile.load(VLLM_FITS) if app.fitted else None
+    if profile and tp not in profile.shapes(model):
+        return None
+    return _colocated(app, "vLLM", tp, "whole", VLLM_TOKENS, profile)
+
+
+def mii(app: Application) -> System | None:
+    """One colocated instance with split prompts."""
+    return _colocated(app, "DeepSpeed-MII", app.colocated_tp, "chunked", MII_TOKENS, None)
+
+
+def _colocated(
+    app: Application,
+    name: str,
+    tp: int,
+    policy: Literal["whole", "chunked"],
+    tokens: int,
+    profile: latency.Profile | None,
+) -> System | None:
+    model = catalogue.model(app.model)
+    blocks = 0 if model.shape_fault(tp, 1) else catalogue.kv_blocks(model, A100, tp, 1)
+    if blocks * catalogue.BLOCK_TOKENS < model.max_positions:
+        return None
+    times = latency.step_times(model, A100, tp, 1, profile)
+    pool = Pool(1, times, blocks, tokens, policy)
+    link = A100.peer_bytes_s  # no KV crosses it
+    deployment = Deployment((), (), model.kv_bytes_per_token(), link, mixed=(pool,), sticky=True)
+    return System(name, _shape(tp, 1), tp, deployment, times.provenance.describe())
+
+
+# ---- our own searches
+
+
+def inventory(rdma: bool) -> Inventory:
+    """The paper's four nodes: with RDMA between them (Algorithm 1), or only NVLink inside them."""
+    nodes = tuple(
+        Node(
+            name=f"gpu-{n}",
+            gpu=A100,
+            gpus_total=NODE_GPUS,
+            gpus_free=NODE_GPUS,
+            pods_free=NODE_GPUS,
+            nvlink=True,
+            rdma=rdma,
+            fabric=(),
+            zone="",
+            simulated=False,
+        )
+        for n in range(NODES)
+    )
+    return Inventory(nodes, ())
+
+
+def _problem(
+    app: Application, algorithm: Literal["Joint", "HighAffinity", "LowAffinity"], rate: float
+) -> search.Problem:
+    return search.Problem(
+        model=catalogue.model(app.model),
+        promise=app.promise,
+        workload=Workload(rate, 1.0, lengths(app)),
+        inventory=inventory(rdma=algorithm != "LowAffinity"),
+        engine=engines.TORCH,
+        algorithm=algorithm,
+        max_gpus=NODES * NODE_GPUS,
+    )
+
+
+def high(app: Application) -> System | None:
+    """Algorithm 1 at the rate of several that it serves with the highest goodput per GPU."""
+    found = []
+    for times in PLANNED_RATES:
+        problem = _problem(app, "HighAffinity", times * NODE_GPUS * app.distserve)
+        try:
+            found.append((search.place(problem), problem))
+        except Infeasible:
+            continue
+    if not found:
+        return None
+    return _placed("DistServe-High", *max(found, key=lambda f: f[0].goodput / f[0].gpus))
+
+
+def low(app: Application) -> System | None:
+    """Algorithm 2: its best pair."""
+    problem = _problem(app, "LowAffinity", 0.5 * app.distserve)
+    try:
+        return _placed("DistServe-Low", search.place(problem), problem)
+    except Infeasible:
+        return None
+
+
+def joint(app: Application) -> System | None:
+    """The joint search for the highest goodput per GPU."""
+    problem = dataclasses.replace(_problem(app, "Joint", app.distserve * NODE_GPUS), objective="goodput")
+    try:
+        return _placed("joint", search.place(problem), problem)
+    except Infeasible:
+        return None
+
+
+def _placed(name: str, placement: search.Placement, problem: search.Problem) -> System:
+    deployment = search.deployment(
+        problem.model, problem.engine, problem.inventory, placement.groups, placement.link
+    )
+    by_role: dict[Role, list[str]] = {}
+    for g in placement.groups:
+        by_role.setdefault(g.role, []).append(f"{g.count}×{_shape(g.tp, g.pp)}")
+    words = ", ".join(f"{role} {' + '.join(shapes)}" for role, shapes in by_role.items())
+    return System(name, words, placement.gpus, deployment, placement.latency_source)
+
+
+def _shape(tp: int, pp: int) -> str:
+    return f"tp{tp}" + (f"pp{pp}" if pp > 1 else "")
+
+
+def systems(app: Application) -> Iterator[System]:
+    """All that the paper compares, and ours, in the order of the page."""
+    found = [
+        vllm(app, app.colocated_tp),
+        mii(app) if app.mii else None,
+        own(app),
+        low(app),
+        high(app),
+        joint(app),
+    ]
+    yield from (s for s in found if s is not None)
+
+
+def tuned_vllm(app: Application) -> list[System]:
+    """vLLM at every tp that fits (vLLM++ of the paper's ablation is the best of them)."""
+    found = [vllm(app, tp) for tp in VLLM_TPS]
+    return [dataclasses.replace(s, name="vLLM++") for s in found if s is not None]
