@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from disaggserve import cli
+from disaggserve import cli, workload
 from tests.data import shared
 from tests.integration.test_cli import cluster, dgx, manifest
 
@@ -129,6 +129,38 @@ def test_requests_above_the_context_are_left_out_and_said(tmp_path: Path) -> Non
     assert "2048 tokens" in done.stderr
     none = run("simulate", "--shape", SHAPE, *TARGET, "--trace", trace(tmp_path / "n.csv", rows[1:3]))
     assert (none.returncode, "every one of its 2 requests" in none.stderr) == (1, True)
+
+
+def test_rows_of_lengths_above_the_context_are_left_out_and_said(tmp_path: Path) -> None:
+    table = tmp_path / "lengths.csv"
+    table.write_text("input_tokens,output_tokens,weight\n2000,48,3\n2000,49,1\n")
+    drawn = ("--lengths", table, "--rate", 2, "--duration", "30s")
+    done = run("simulate", "--shape", SHAPE, *TARGET, *drawn, "-o", "json")
+    assert "5000 of 20000 requests (25.0%) are left out" in done.stderr
+    assert json.loads(done.stdout)["leftOut"] == 5000
+
+
+def test_what_a_prefix_cache_holds_need_not_be_computed(tmp_path: Path) -> None:
+    header = "arrival_s,input_tokens,output_tokens"
+    rows = [f"{k / 2},1500,20" for k in range(60)]
+    plain, warm = tmp_path / "plain.csv", tmp_path / "warm.csv"
+    plain.write_text("\n".join([header, *rows]))
+    warm.write_text("\n".join([f"{header},cached_tokens", *(f"{row},1200" for row in rows)]))
+    cold, hot = (answer("simulate", "--shape", SHAPE, *TARGET, "--trace", t) for t in (plain, warm))
+    assert (hot["cachedShare"], "cachedShare" in cold) == (0.8, False)
+    assert hot["ttft"]["p50"] < 0.5 * cold["ttft"]["p50"]
+    assert hot["digest"] != cold["digest"]
+
+
+def test_the_engine_is_the_one_that_the_profile_was_measured_on(tmp_path: Path) -> None:
+    data = Path(workload.__file__).parents[1] / "data" / "profiles"
+    profile = ("--profile", data / "profiler-a100-80g.vllm.json")
+    found = answer("simulate", "--shape", SHAPE, *TARGET, *SHORT, *profile)
+    assert (found["engine"], "vllm" in found["latencySource"]) == ("vllm", True)
+    torch = answer("simulate", "--shape", SHAPE, *TARGET, *SHORT, *profile, "--engine", "torch")
+    assert (torch["engine"], torch["latencySource"]) == ("torch", found["latencySource"])
+    other = run("simulate", "--shape", SHAPE, *TARGET, *SHORT, *profile, "--model", "facebook/opt-30b")
+    assert (other.returncode, "no measured step times of facebook/opt-30b" in other.stderr) == (1, True)
 
 
 def test_every_request_is_written_with_its_latencies(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def _values(subject: Subject, sent: Traffic, judged: Judged) -> dict[str, Any]:
         "rate": show.figure(sent.rate),
         "gpus": subject.gpus,
         "leftOut": sent.left_out,
+        **({} if judged.cached_share is None else {"cachedShare": show.figure(judged.cached_share)}),
         "breakdown": {name: show.figure(value) for name, value in _parts(subject, judged).items()},
+        "engine": subject.engine,
         "latencySource": subject.latency_source,
         "digest": judged.digest,
     }
@@ -61,7 +63,9 @@ def _table(subject: Subject, sent: Traffic, judged: Judged) -> None:
     words = {"decodeWait": "wait for decode"}
     if parts := _parts(subject, judged):
         show.out("mean: " + ", ".join(f"{words.get(n, n)} {show.duration(v)}" for n, v in parts.items()))
-    show.out(f"step times: {subject.latency_source}")
+    if judged.cached_share is not None:
+        show.out(f"prompt tokens found in the prefix cache: {judged.cached_share:.1%}")
+    show.out(f"engine: {subject.engine}; step times: {subject.latency_source}")
 
 
 def _write(path: Path, judged: Judged) -> None:

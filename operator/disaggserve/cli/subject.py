@@ -45,6 +45,10 @@ class Subject:
     inputs: dict[str, Any]  # what the deployment was made of, for digests
 
     @property
+    def engine(self) -> str:
+        return str(self.inputs["engine"])
+
+    @property
     def latency_source(self) -> str:
         pools = (*self.deployment.prefill, *self.deployment.mixed, *self.deployment.decode)
         return "; ".join(dict.fromkeys(p.times.provenance.describe() for p in pools))
@@ -121,7 +125,8 @@ def from_shape(shape: str, given: Given) -> Subject:
         raise InvalidInput(
             f"profile {given.profile} has no measured step times of {model.id} on {gpu.product}"
         )
-    engine = engines.engine(given.engine or "torch")
+    measured_on = profile.engine if profile is not None else None
+    engine = engines.engine(given.engine or measured_on or "torch")
     link = given.link or "rdma"
     deployment = shapes.deployment(model, engine, gpu, groups, link, profile)
     return Subject(
@@ -130,7 +135,7 @@ def from_shape(shape: str, given: Given) -> Subject:
         _promise(given, None),
         sum(g.gpus for g in groups),
         model.max_positions,
-        _inputs(model.id, None, engine.name, gpu.product, link, groups, given.profile),
+        _inputs(model.id, None, engine.name, gpu.product, link, groups, profile),
     )
 
 
@@ -155,7 +160,7 @@ def limit(name: str, value: str | None) -> float:
 
 def _inputs(
     model: str, config: Any, engine: str, gpu: str, link: str, groups: list[shapes.Shape] | tuple[shapes.Shape, ...],
-    profile: Path | None,
+    profile: latency.Profile | None,
 ) -> dict[str, Any]:  # fmt: skip
     return {
         "model": [model, config],
@@ -163,5 +168,5 @@ def _inputs(
         "gpu": gpu,
         "link": link,
         "groups": sorted((g.values() for g in groups), key=str),
-        "profile": hashlib.sha256(profile.read_bytes()).hexdigest() if profile else None,
+        "profile": hashlib.sha256(profile.text.encode()).hexdigest() if profile else None,
     }

@@ -16,7 +16,7 @@ from disaggserve.api.errors import InvalidInput
 from disaggserve.api.plan import digest
 from disaggserve.cli.subject import Subject, limit
 from disaggserve.simulate import Outcome, Prediction
-from disaggserve.workload import Requests, Workload
+from disaggserve.workload import Lengths, Requests, Workload
 
 WARMUP_S = 60.0
 COOLDOWN_S = 15.0  # of requests after the judged ones, which would else decode on an emptying instance
@@ -70,6 +70,16 @@ class Judged:
     prediction: Prediction
     digest: str
 
+    @property
+    def cached_share(self) -> float | None:
+        """Of the prompt tokens, what a prefix cache held; None where the trace says nothing of it."""
+        cached = self.requests.cached
+        return (
+            None
+            if cached is None
+            else float(cached.sum(dtype="int64") / self.requests.input.sum(dtype="int64"))
+        )
+
 
 def load(given: Given, context_length: int) -> Traffic:
     """Raises `WorkloadError`, or a usage error where options are missing or do not go together."""
@@ -82,24 +92,31 @@ def load(given: Given, context_length: int) -> Traffic:
     if given.rate is None:
         raise typer.BadParameter("is missing: lengths say nothing of when requests come", param_hint="--rate")
     assert given.lengths is not None
-    table = (
-        workload.preset(given.lengths)
-        if given.lengths in workload.PRESETS
-        else workload.read_lengths(given.lengths)
-    )
-    traffic = Workload(given.rate, given.cv, table.scaled(1.0, context_length), "options")
+    table, left_out = _lengths(given.lengths, context_length)
+    traffic = Workload(given.rate, given.cv, table, "options")
     end_s = WARMUP_S + given.duration_s
     seeds = tuple(dict.fromkeys(given.seeds))
     runs = tuple(traffic.requests(end_s + COOLDOWN_S, seed) for seed in seeds)
     lengths = [traffic.lengths.input.tolist(), traffic.lengths.output.tolist()]
     inputs = {
         "lengths": digest(lengths),
+        "leftOut": left_out,
         "rate": given.rate,
         "cv": given.cv,
         "duration": given.duration_s,
         "seeds": seeds,
     }
-    return Traffic(runs, WARMUP_S, end_s, given.rate, traffic, 0, inputs)
+    return Traffic(runs, WARMUP_S, end_s, given.rate, traffic, left_out, inputs)
+
+
+def _lengths(name: str, context_length: int) -> tuple[Lengths, int]:
+    """A preset, cut to the context as a plan's first guess is; or a file's rows that fit it, and how many do not."""
+    if name in workload.PRESETS:
+        return workload.preset(name).scaled(1.0, context_length), 0
+    whole = workload.read_lengths(name)
+    table, left_out = whole.within(context_length)
+    _say_left_out(name, left_out, len(whole), context_length)
+    return table, left_out
 
 
 def trace(path: Path, cache_blocks: int | None, context_length: int) -> tuple[Requests, int]:
@@ -110,13 +127,17 @@ def trace(path: Path, cache_blocks: int | None, context_length: int) -> tuple[Re
         raise InvalidInput(
             f"{path}: every one of its {left_out} requests is longer than the context of {context_length} tokens"
         )
+    _say_left_out(path, left_out, len(read), context_length)
+    return requests, left_out
+
+
+def _say_left_out(where: object, left_out: int, of: int, context_length: int) -> None:
     if left_out:
         print(
-            f"{path}: {left_out} of {len(read)} requests ({left_out / len(read):.1%}) are left out: prompt and "
-            f"answer exceed the context of {context_length} tokens",
+            f"{where}: {left_out} of {of} requests ({left_out / of:.1%}) are left out: prompt and answer exceed "
+            f"the context of {context_length} tokens",
             file=sys.stderr,
         )
-    return requests, left_out
 
 
 def of(requests: Requests, left_out: int) -> Traffic:
@@ -130,7 +151,7 @@ def of(requests: Requests, left_out: int) -> Traffic:
 
 
 def send(subject: Subject, traffic: Traffic) -> Judged:
-    """The traffic on one subject, all runs judged together."""
+    """The traffic on one subject, all runs judged together. The digest holds the inputs and who kept the promise."""
     runs = [(r, simulate.run(subject.deployment, r)) for r in traffic.runs]
     requests, outcome = simulate.joined(runs, traffic.begin_s, traffic.end_s)
     kept = simulate.kept(requests, outcome, subject.promise)
