@@ -90,7 +90,7 @@ def simulate(
     from disaggserve.cli.simulate import run
 
     given = subject.Given(model, gpu, engine, link, profile, ttft, tpot, attainment)
-    sent = traffic.given(trace, cache_blocks, lengths, rate, duration, cv, seed)
+    sent = traffic.Given(trace, cache_blocks, lengths, rate, duration, cv, tuple(seed or (0,)))
     run(subject.one(plan, shape, given), sent, output.value, requests)
 
 
@@ -165,7 +165,7 @@ def compare(
     from disaggserve.cli.compare import run
 
     given = subject.Given(model, gpu, engine, link, profile, ttft, tpot, attainment)
-    sent = traffic.given(trace, cache_blocks, lengths, rate, duration, cv, seed)
+    sent = traffic.Given(trace, cache_blocks, lengths, rate, duration, cv, tuple(seed or (0,)))
     run(subject.several(plans or [], shape or [], given), sent, goodput, output.value)
 
 

@@ -128,6 +128,8 @@ def from_shape(shape: str, given: Given) -> Subject:
     measured_on = profile.engine if profile is not None else None
     engine = engines.engine(given.engine or measured_on or "torch")
     link = given.link or "rdma"
+    if link == "nvlink" and not gpu.nvlink_bytes_s:
+        raise InvalidInput(f"{gpu.product} has no NVLink; give --link pcie")
     deployment = shapes.deployment(model, engine, gpu, groups, link, profile)
     return Subject(
         shape,

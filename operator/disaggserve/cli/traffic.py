@@ -20,6 +20,7 @@ from disaggserve.workload import Lengths, Requests, Workload
 
 WARMUP_S = 60.0
 COOLDOWN_S = 15.0  # of requests after the judged ones, which would else decode on an emptying instance
+MOST = 10_000_000  # requests of one draw
 ENOUGH = 300  # requests of one run, for a goodput
 
 
@@ -31,21 +32,9 @@ class Given:
     cache_blocks: int | None = None
     lengths: str | None = None
     rate: float | None = None
-    duration_s: float = 600.0
+    duration: str = "600s"
     cv: float = 1.0
     seeds: tuple[int, ...] = (0,)
-
-
-def given(
-    trace: Path | None,
-    cache_blocks: int | None,
-    lengths: str | None,
-    rate: float | None,
-    duration: str,
-    cv: float,
-    seeds: Sequence[int] | None,
-) -> Given:
-    return Given(trace, cache_blocks, lengths, rate, limit("duration", duration), cv, tuple(seeds or (0,)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,7 +83,12 @@ def load(given: Given, context_length: int) -> Traffic:
     assert given.lengths is not None
     table, left_out = _lengths(given.lengths, context_length)
     traffic = Workload(given.rate, given.cv, table, "options")
-    end_s = WARMUP_S + given.duration_s
+    duration_s = limit("duration", given.duration)
+    end_s = WARMUP_S + duration_s
+    if given.rate * end_s > MOST:
+        raise InvalidInput(
+            f"{given.rate:g} req/s for {duration_s:g} s are more than {MOST:,} requests; lower --rate or --duration"
+        )
     seeds = tuple(dict.fromkeys(given.seeds))
     runs = tuple(traffic.requests(end_s + COOLDOWN_S, seed) for seed in seeds)
     lengths = [traffic.lengths.input.tolist(), traffic.lengths.output.tolist()]
@@ -103,7 +97,7 @@ def load(given: Given, context_length: int) -> Traffic:
         "leftOut": left_out,
         "rate": given.rate,
         "cv": given.cv,
-        "duration": given.duration_s,
+        "duration": duration_s,
         "seeds": seeds,
     }
     return Traffic(runs, WARMUP_S, end_s, given.rate, traffic, left_out, inputs)
