@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import disaggserve
 from benchmarks.paper.facts import GPU, NODE_GPUS, NODES, Application
 from benchmarks.paper.measure import System
 from disaggserve import catalogue, engines, latency, search
@@ -25,7 +26,7 @@ from disaggserve.simulate import Deployment, Pool
 from disaggserve.workload import Lengths, Workload, preset
 
 A100 = catalogue.gpu(GPU)
-VLLM_FITS = Path(latency.__file__).parent / "data/profiles/profiler-a100-80g.vllm.json"
+VLLM_FITS = Path(disaggserve.__file__).parent / "data/profiles/profiler-a100-80g.vllm.json"
 VLLM_TOKENS = 65_536  # of prompts in a step, as the paper's scripts start it
 MII_TOKENS = 768
 PULL_BYTES_S, SWAP_BYTES_S = 25e9, 20e9

@@ -23,9 +23,17 @@ app = typer.Typer(
 
 
 class Algorithm(StrEnum):
+    joint = "joint"
     distserve = "distserve"
     high = "high"
     low = "low"
+
+
+class Engine(StrEnum):
+    torch = "torch"
+    vllm = "vllm"
+    sglang = "sglang"
+    any = "any"
 
 
 File = Annotated[Path, typer.Option("-f", "--file", help="Manifest of one DisaggServe; - is standard input.")]
@@ -46,6 +54,37 @@ def plan(
         Algorithm | None,
         typer.Option("--algorithm", help="Replaces planner.algorithm.", case_sensitive=False),
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Measured step times: what `disaggserve fit` writes, or DistServe's JSON."),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Requests to plan for: CSV with arrival_s,input_tokens,output_tokens."),
+    ] = None,
+    lengths: Annotated[
+        Path | None, typer.Option(help="Lengths to plan for: CSV with input_tokens,output_tokens.")
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(help="Requests per second, or max: the highest goodput per GPU of the GPUs at hand."),
+    ] = None,
+    max_gpus: Annotated[
+        int | None, typer.Option("--max-gpus", help="Replaces hardware.maxGPUs.", min=1, max=4096)
+    ] = None,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(help="Replaces engine.type; any: the best of all, and what the resource's own costs."),
+    ] = None,
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="The search of DistServe's public code, to reproduce it.")
+    ] = False,
+    resolution: Annotated[
+        float | None,
+        typer.Option(
+            help="With --as-published: where its bisection ends, req/s per GPU.", show_default="0.25"
+        ),
+    ] = None,
     output: Annotated[
         Output, typer.Option("-o", "--output", help="table, json (shape of status.plan) or yaml.")
     ] = Output.table,
@@ -54,9 +93,12 @@ def plan(
     ] = None,
 ) -> None:
     """The operator's own plan, without a cluster."""
-    from disaggserve.cli.plan import run
+    from disaggserve.cli.plan import Replacing, run
 
-    run(file, nodes, algorithm.value if algorithm else None, output.value, report)
+    replacing = Replacing(
+        algorithm, profile, trace, lengths, rate, max_gpus, engine, as_published, resolution
+    )
+    run(file, nodes, replacing, output.value, report)
 
 
 @app.command()
@@ -211,16 +253,16 @@ def crd() -> None:
 @app.command("warm-up", hidden=True)
 def warm_up(
     into: Annotated[
-        Path, typer.Option("--into", help="Folder for DISAGGSERVE_KERNELS to name when the image runs.")
-    ],
+        Path | None, typer.Option("--into", help="Folder for DISAGGSERVE_KERNELS to name when an image runs.")
+    ] = None,
 ) -> None:
-    """Compiles the simulator ahead, when an image is built: no process of it waits for a compiler."""
+    """Compiles the simulator into the user's cache, or ahead for an image: no process of it waits for a compiler."""
     from disaggserve import simulate
     from disaggserve.simulate import cache
 
     simulate.warm_up()
     try:
-        print(cache.keep(into))
+        print(cache.keep(into) if into else cache.prepare())
     except OSError as error:
         raise InvalidInput(f"{into}: cannot be written ({error}); name a folder that can be") from None
 

@@ -1,5 +1,6 @@
 """Placement: what shapes, how many instances, on which nodes, and what that is predicted to attain."""
 
+from disaggserve.search import published
 from disaggserve.search.packing import Group, NoRoom, Standing, pack, pack_pairs
 from disaggserve.search.place import place
 from disaggserve.search.predicting import deployment, kv_link, observe, pool, predict
@@ -22,4 +23,5 @@ __all__ = [
     "place",
     "pool",
     "predict",
+    "published",
 ]
