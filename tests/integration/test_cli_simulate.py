@@ -89,6 +89,11 @@ def test_a_shape_is_simulated_on_drawn_requests() -> None:
 def test_equal_inputs_have_equal_digests_and_others_have_others() -> None:
     first = answer("simulate", "--shape", SHAPE, *TARGET, *SHORT)
     assert answer("simulate", "--shape", "decode=1xtp1,prefill=1xtp2", *TARGET, *SHORT) == first
+    two, twice = (
+        answer("simulate", "--shape", f"prefill=1xtp2,{decode}", *TARGET, *SHORT)
+        for decode in ("decode=2xtp1", "decode=1xtp1,decode=1xtp1")
+    )
+    assert two == twice
     for other in (("--seed", 1), ("--cv", 2), ("--link", "tcp"), ("--attainment", 0.8)):
         assert answer("simulate", "--shape", SHAPE, *TARGET, *SHORT, *other)["digest"] != first["digest"]
 
@@ -272,6 +277,27 @@ def test_a_plan_is_simulated_replayed_and_compared_with_its_own_shape(tmp_path: 
     plan.write_text("{}")
     broken = run("simulate", "--plan", plan, "--trace", sent)
     assert (broken.returncode, "disaggserve plan -o json" in broken.stderr) == (1, True)
+
+
+def test_a_plan_made_with_a_profile_is_simulated_with_it(tmp_path: Path) -> None:
+    data = Path(workload.__file__).parents[1] / "data" / "profiles"
+    profile, other = data / "profiler-a100-80g.vllm.json", data / "raw_unfudged.profiler-a100-80g.vllm.json"
+    plan, sent = tmp_path / "plan.json", steady(tmp_path / "t.csv")
+    cluster(tmp_path / "c.yaml", dgx(1))
+    file = manifest(tmp_path / "cr.json")
+    plan.write_text(
+        run("plan", "-f", file, "--nodes", tmp_path / "c.yaml", "--profile", profile, "-o", "json").stdout
+    )
+    found = answer("simulate", "--plan", plan, "--trace", sent, "--profile", profile)
+    assert "vllm" in found["latencySource"]
+    both = answer("compare", plan, "--shape", SHAPE, *TARGET, "--trace", sent, "--profile", profile)[
+        "compared"
+    ]
+    assert both[0]["digest"] == found["digest"]
+    assert "vllm" in both[1]["latencySource"]
+    for wrong in ((), ("--profile", other)):
+        refused = run("simulate", "--plan", plan, "--trace", sent, *wrong)
+        assert (refused.returncode, "profile" in refused.stderr) == (1, True)
 
 
 def test_the_digest_is_the_same_in_another_process() -> None:

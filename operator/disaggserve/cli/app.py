@@ -54,16 +54,10 @@ def plan(
         Algorithm | None,
         typer.Option("--algorithm", help="Replaces planner.algorithm.", case_sensitive=False),
     ] = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="Measured step times: what `disaggserve fit` writes, or DistServe's JSON."),
-    ] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(help="Requests to plan for: CSV with arrival_s,input_tokens,output_tokens."),
-    ] = None,
+    profile: options.ProfileOption = None,
+    trace: options.TraceOption = None,
     lengths: Annotated[
-        Path | None, typer.Option(help="Lengths to plan for: CSV with input_tokens,output_tokens.")
+        Path | None, typer.Option(help="Lengths to plan for: CSV with input_tokens,output_tokens[,weight].")
     ] = None,
     rate: Annotated[
         str | None,

@@ -7,8 +7,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from disaggserve import latency, plan, workload
 from disaggserve.api.errors import InvalidInput
 from disaggserve.api.spec import Spec
@@ -105,9 +103,8 @@ def traffic(spec: Spec, replacing: Replacing) -> Workload | None:
     context = plan.context_length(spec)
     if replacing.lengths:
         table = workload.read_lengths(replacing.lengths)
-        fits = table.input.astype(np.int64) + table.output <= context
-        said = _left_out(replacing.lengths, len(table) - int(fits.sum()), len(table), context)
-        lengths = replace(table, input=table.input[fits], output=table.output[fits])
+        lengths, out = table.within(context)
+        said = _left_out(replacing.lengths, out, len(table), context)
         return Workload(spec.workload.rate, 1.0, lengths, f"{replacing.lengths.name}{said}")
     if replacing.trace is None:
         return None
