@@ -151,10 +151,17 @@ def test_what_a_prefix_cache_holds_need_not_be_computed(tmp_path: Path) -> None:
     plain, warm = tmp_path / "plain.csv", tmp_path / "warm.csv"
     plain.write_text("\n".join([header, *rows]))
     warm.write_text("\n".join([f"{header},cached_tokens", *(f"{row},1200" for row in rows)]))
-    cold, hot = (answer("simulate", "--shape", SHAPE, *TARGET, "--trace", t) for t in (plain, warm))
-    assert (hot["cachedShare"], "cachedShare" in cold) == (0.8, False)
+    vllm = ("--shape", "prefill=1xtp1,decode=1xtp1", *TARGET, "--engine", "vllm")
+    cold, hot = (answer("simulate", *vllm, "--trace", t) for t in (plain, warm))
+    assert (hot["cachedShare"], cold["cachedShare"]) == (0.8, 0.0)
     assert hot["ttft"]["p50"] < 0.5 * cold["ttft"]["p50"]
     assert hot["digest"] != cold["digest"]
+    none = run("simulate", "--shape", SHAPE, *TARGET, "--trace", warm, "-o", "json")
+    assert "engine torch has no prefix cache" in none.stderr
+    assert "80.0% of their tokens" in none.stderr
+    assert json.loads(none.stdout)["cachedShare"] == 0
+    again = answer("simulate", "--shape", SHAPE, *TARGET, "--trace", plain)
+    assert [json.loads(none.stdout)[k] for k in ("ttft", "tpot")] == [again[k] for k in ("ttft", "tpot")]
 
 
 def test_the_engine_is_the_one_that_the_profile_was_measured_on(tmp_path: Path) -> None:

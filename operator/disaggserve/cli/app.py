@@ -56,6 +56,7 @@ def plan(
     ] = None,
     profile: options.ProfileOption = None,
     trace: options.TraceOption = None,
+    cache_blocks: options.CacheOption = None,
     lengths: Annotated[
         Path | None, typer.Option(help="Lengths to plan for: CSV with input_tokens,output_tokens[,weight].")
     ] = None,
@@ -90,7 +91,7 @@ def plan(
     from disaggserve.cli.plan import Replacing, run
 
     replacing = Replacing(
-        algorithm, profile, trace, lengths, rate, max_gpus, engine, as_published, resolution
+        algorithm, profile, trace, cache_blocks, lengths, rate, max_gpus, engine, as_published, resolution
     )
     run(file, nodes, replacing, output.value, report)
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from disaggserve import latency, plan, workload
+from disaggserve import engines, latency, plan, workload
 from disaggserve.api.errors import InvalidInput
 from disaggserve.api.spec import Spec
 from disaggserve.cli import report, show
@@ -25,6 +25,7 @@ class Replacing:
     algorithm: str | None = None
     profile: Path | None = None
     trace: Path | None = None
+    cache_blocks: int | None = None
     lengths: Path | None = None
     rate: str | None = None
     max_gpus: int | None = None
@@ -108,9 +109,18 @@ def traffic(spec: Spec, replacing: Replacing) -> Workload | None:
         return Workload(spec.workload.rate, 1.0, lengths, f"{replacing.lengths.name}{said}")
     if replacing.trace is None:
         return None
-    whole = workload.read_trace(replacing.trace, context_length=context)
+    engine = engines.engine(spec.engine.type)
+    whole = workload.read_trace(
+        replacing.trace,
+        context_length=context,
+        cache_blocks=replacing.cache_blocks if engine.prefix_cache else 0,
+    )
+    if not engine.prefix_cache:
+        whole = replace(whole, cached=None)
     requests, out = whole.within(context)
     said = _left_out(replacing.trace, out, len(whole), context)
+    if share := requests.cached_share():
+        said += f"; {share:.0%} of the prompt tokens found in a prefix cache"
     found = workload.from_trace(requests, f"{replacing.trace.name}, its own arrivals{said}")
     rate = _rate(replacing.rate)
     return replace(found, rate=rate) if rate else found

@@ -43,7 +43,7 @@ def _values(subject: Subject, sent: Traffic, judged: Judged) -> dict[str, Any]:
         "rate": show.figure(sent.rate),
         "gpus": subject.gpus,
         "leftOut": sent.left_out,
-        **({} if judged.cached_share is None else {"cachedShare": show.figure(judged.cached_share)}),
+        "cachedShare": show.figure(judged.requests.cached_share()),
         "breakdown": {name: show.figure(value) for name, value in _parts(subject, judged).items()},
         "engine": subject.engine,
         "latencySource": subject.latency_source,
@@ -64,8 +64,8 @@ def _table(subject: Subject, sent: Traffic, judged: Judged) -> None:
     words = {"decodeWait": "wait for decode"}
     if parts := _parts(subject, judged):
         show.out("mean: " + ", ".join(f"{words.get(n, n)} {show.duration(v)}" for n, v in parts.items()))
-    if judged.cached_share is not None:
-        show.out(f"prompt tokens found in the prefix cache: {judged.cached_share:.1%}")
+    if share := judged.requests.cached_share():
+        show.out(f"prompt tokens found in the prefix cache: {share:.1%}")
     show.out(f"engine: {subject.engine}; step times: {subject.latency_source}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from disaggserve import simulate, workload
+from disaggserve import engines, simulate, workload
 from disaggserve.api.errors import InvalidInput
 from disaggserve.api.plan import digest
 from disaggserve.cli.subject import Subject, limit
@@ -58,16 +58,6 @@ class Judged:
     outcome: Outcome
     prediction: Prediction
     digest: str
-
-    @property
-    def cached_share(self) -> float | None:
-        """Of the prompt tokens, what a prefix cache held; None where the trace says nothing of it."""
-        cached = self.requests.cached
-        return (
-            None
-            if cached is None
-            else float(cached.sum(dtype="int64") / self.requests.input.sum(dtype="int64"))
-        )
 
 
 def load(given: Given, context_length: int) -> Traffic:
@@ -146,7 +136,7 @@ def of(requests: Requests, left_out: int) -> Traffic:
 
 def send(subject: Subject, traffic: Traffic) -> Judged:
     """The traffic on one subject, all runs judged together. The digest holds the inputs and who kept the promise."""
-    runs = [(r, simulate.run(subject.deployment, r)) for r in traffic.runs]
+    runs = [(r, simulate.run(subject.deployment, r)) for r in _cached_by(subject, traffic)]
     requests, outcome = simulate.joined(runs, traffic.begin_s, traffic.end_s)
     kept = simulate.kept(requests, outcome, subject.promise)
     p = subject.promise
@@ -165,12 +155,25 @@ def send(subject: Subject, traffic: Traffic) -> Judged:
     )
 
 
+def _cached_by(subject: Subject, traffic: Traffic) -> list[Requests]:
+    """The runs, without what a prefix cache holds where the engine has none, which is said on stderr."""
+    share = traffic.runs[0].cached_share()
+    if not share or engines.engine(subject.engine).prefix_cache:
+        return list(traffic.runs)
+    print(
+        f"engine {subject.engine} has no prefix cache: prompts are computed whole, though {share:.1%} of their tokens "
+        "could be found in one",
+        file=sys.stderr,
+    )
+    return [dataclasses.replace(r, cached=None) for r in traffic.runs]
+
+
 def goodput(subject: Subject, traffic: Traffic, seeds: Sequence[int]) -> float:
     """Highest rate at which the subject keeps its promise, req/s, for the same traffic come faster or slower.
 
     Raises `BadTrace` for a trace without a rate.
     """
-    drawn = traffic.drawn or workload.from_trace(traffic.runs[0], "trace")
+    drawn = traffic.drawn or workload.from_trace(_cached_by(subject, traffic)[0], "trace")
     duration_s = traffic.end_s - traffic.begin_s
 
     def attain(rate: float) -> float:
