@@ -307,6 +307,27 @@ def test_a_plan_made_with_a_profile_is_simulated_with_it(tmp_path: Path) -> None
         assert (refused.returncode, "profile" in refused.stderr) == (1, True)
 
 
+def test_a_plan_is_made_for_a_trace_in_its_own_order(tmp_path: Path) -> None:
+    sent = tmp_path / "t.jsonl"
+    rows = [
+        {"timestamp": 400 * k, "input_length": 1024, "output_length": 30, "hash_ids": [0, k]}
+        for k in range(1, 900)
+    ]
+    rows.append({"timestamp": 360_000, "input_length": 2040, "output_length": 30, "hash_ids": []})
+    sent.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    nodes, file = cluster(tmp_path / "c.yaml", dgx(1)), manifest(tmp_path / "cr.json")
+    base = ("plan", "-f", file, "--nodes", nodes, "--trace", sent, "-o", "json")
+    done = run(*base)
+    found = json.loads(done.stdout)["workload"]
+    assert "1 of 900 requests (0.1%) are longer" in done.stderr
+    assert (found["rate"], found["cv"], found["inputMean"], found["outputMean"]) == (2.5, 0, 1024, 30)
+    assert "prefix cache" not in found["source"], "torch has none"
+    warm = json.loads(run(*base, "--engine", "vllm").stdout)["workload"]["source"]
+    assert "50% of the prompt tokens found in a prefix cache" in warm
+    cold = json.loads(run(*base, "--engine", "vllm", "--cache-blocks", 0).stdout)["workload"]["source"]
+    assert "prefix cache" not in cold
+
+
 def test_the_digest_is_the_same_in_another_process() -> None:
     args = ("simulate", "--shape", SHAPE, *TARGET, *SHORT, "-o", "json")
     command = [sys.executable, "-m", "disaggserve.cli", *map(str, args)]
