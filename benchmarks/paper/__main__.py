@@ -69,7 +69,20 @@ def _application(app: Application) -> page.Result:
         goodputs[system.name] = bench.goodput(app.promise, app.distserve / 2)
         by_rate[system.name] = [(rate, bench.attained(rate, app.promise)) for rate in rates]
         by_scale[system.name] = [(s, bench.attained(app.scaled_at, scaled(app.promise, s))) for s in SCALES]
-    return page.Result(app, tuple(found), goodputs, by_rate, by_scale, _ablation(app, goodputs, found))
+    return page.Result(
+        app, tuple(found), goodputs, by_rate, by_scale, _ablation(app, goodputs, found), _by_factor(app)
+    )
+
+
+def _by_factor(app: Application) -> dict[str, float]:
+    """Goodput per GPU of vLLM, as the paper ran it, by the factor on its raw fits."""
+    found = {}
+    for factor in systems.VLLM_FACTORS if app.fitted else ():
+        system = systems.vllm(app, app.colocated_tp, factor)
+        assert system is not None, "the paper's tp has a fit"
+        bench = Bench(system, systems.lengths(app), app.prompts_per_gpu)
+        found[factor] = bench.goodput(app.promise, app.vllm).as_run
+    return found
 
 
 def _ablation(
@@ -95,8 +108,10 @@ def _ablation(
 
 def _shares(app: Application, per_gpu: float) -> npt.NDArray[np.float64]:
     """[5] mean share of each part of a request's time on the paper's own placement."""
-    shares = np.stack([(t / t.sum(axis=0)).mean(axis=1) for t in _parts(app, per_gpu)])
-    return shares.mean(axis=0)
+    shares: npt.NDArray[np.float64] = np.stack(
+        [(t / t.sum(axis=0)).mean(axis=1) for t in _parts(app, per_gpu)]
+    )
+    return np.asarray(shares.mean(axis=0))
 
 
 def _transfers(app: Application, per_gpu: float) -> npt.NDArray[np.float64]:
