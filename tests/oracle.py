@@ -144,7 +144,9 @@ class Oracle:
                 self.instances.append(i)
         self.prefills = [i for i in self.instances if i.prefills]
         self.decodes = [i for i in self.instances if i.decodes]
-        self.seen: dict[Instance, tuple[int, int]] = {i: (0, 0) for i in self.instances}  # the routers' snapshot
+        self.seen: dict[Instance, tuple[int, int]] = dict.fromkeys(
+            self.instances, (0, 0)
+        )  # the routers' snapshot
         self.added: dict[tuple[str, int, Instance], int] = {}  # by (prefill | decode, router, instance) since
         self.origin = int(requests.arrival_ns[0]) if len(requests) else 0
         cached = getattr(requests, "cached", None)

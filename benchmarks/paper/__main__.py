@@ -20,7 +20,6 @@ from benchmarks.paper import draw, page, systems
 from benchmarks.paper.facts import APPLICATIONS, Application
 from benchmarks.paper.measure import SEEDS, Bench, Goodput, System, scaled
 from disaggserve import simulate
-from disaggserve.cli.report.curves import parts
 
 HERE = Path(__file__).parent
 RATES = np.geomspace(0.12, 2.6, 16)  # × what the paper measured of DistServe
@@ -108,10 +107,9 @@ def _ablation(
 
 def _shares(app: Application, per_gpu: float) -> npt.NDArray[np.float64]:
     """[5] mean share of each part of a request's time on the paper's own placement."""
-    shares: npt.NDArray[np.float64] = np.stack(
-        [(t / t.sum(axis=0)).mean(axis=1) for t in _parts(app, per_gpu)]
-    )
-    return np.asarray(shares.mean(axis=0))
+    shares = np.stack([(t / t.sum(axis=0)).mean(axis=1) for t in _parts(app, per_gpu)])
+    mean: npt.NDArray[np.float64] = shares.mean(axis=0)
+    return mean
 
 
 def _transfers(app: Application, per_gpu: float) -> npt.NDArray[np.float64]:
@@ -126,7 +124,7 @@ def _parts(app: Application, per_gpu: float) -> Iterator[npt.NDArray[np.float64]
         requests = bench.requests(per_gpu, seed)
         outcome = simulate.run(system.deployment, requests)
         moved = outcome.transfer_end_ns >= 0
-        yield parts(system.deployment, requests, outcome)[:, moved]
+        yield np.stack(simulate.parts(system.deployment, requests, outcome))[:, moved[outcome.last_ns >= 0]]
 
 
 @contextmanager

@@ -6,9 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
-from disaggserve import catalogue, engines, hardware, search, simulate
+from disaggserve import catalogue, engines, hardware, latency, search, simulate
 from disaggserve import workload as workloads
 from disaggserve.api.errors import Fault, Infeasible, InvalidInput, InvalidManifest
 from disaggserve.api.model import seconds
@@ -18,6 +18,7 @@ from disaggserve.api.plan import (
     Percentiles,
     Plan,
     Prediction,
+    ProfileName,
     RefusedNode,
     Rejected,
     RoleName,
@@ -30,6 +31,7 @@ from disaggserve.api.plan import (
     words,
 )
 from disaggserve.api.spec import PodSpec, Spec
+from disaggserve.search import published
 from disaggserve.workload import Workload
 
 Json = Mapping[str, Any]
@@ -72,6 +74,22 @@ class Facts:
         return digest(
             [nodes, pods, sorted(map(str, self.own.values())), sorted(self.excluded), self.not_ready]
         )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a search is asked beside the spec. `objective`: the fewest GPUs (or the lowest cost) for the rate, or the highest
+    goodput per GPU of the GPUs at hand. `any_engine`: the best of all engines, and what the spec's own costs.
+    `as_published`: the search of DistServe's public code, to a resolution in req/s per GPU."""
+
+    profile: latency.Profile | None = None
+    objective: Literal["gpus", "goodput"] = "gpus"
+    any_engine: bool = False
+    as_published: bool = False
+    resolution: float = 0.25
+
+
+DEFAULT = Options()
 
 
 @dataclass(frozen=True)
@@ -219,18 +237,26 @@ def free_gpus(spec: Spec, facts: Facts) -> dict[str, int]:
 # ---- the plan
 
 
-def draft(spec: Spec, facts: Facts, workload: Workload | None = None, previous: Sequence[Slot] = ()) -> Draft:
+def draft(
+    spec: Spec,
+    facts: Facts,
+    workload: Workload | None = None,
+    previous: Sequence[Slot] = (),
+    options: Options = DEFAULT,
+) -> Draft:
     """The plan for the spec on these nodes, for `workload` or the spec's own guess.
 
     Placed beside what stands where GPUs allow it, so that nothing need go before its successor serves; else in its place.
     Raises Infeasible with the limit that binds, InvalidManifest where the spec is at fault.
     """
+    if options.as_published:
+        _check_published(spec, options)
     workload = workload or expected(spec)
     key, made = pairing_key(spec), template(spec)
     stays = [s for s in facts.own.values() if (s.pairing_key, s.template) == (key, made)]
     beside = inventory(spec, facts)
     instead = inventory(spec, facts, frozenset(facts.own)) if facts.own else beside
-    found: tuple[Plan, tuple[search.Group, ...], hardware.Inventory] | None = None
+    found: _Found | None = None
     for n, nodes in enumerate([beside, instead] if facts.own else [beside]):
         keep = (
             tuple(search.Standing(_side(s.role), s.tp, s.pp, s.node) for s in stays)
@@ -239,7 +265,9 @@ def draft(spec: Spec, facts: Facts, workload: Workload | None = None, previous: 
         )
         try:
             found = (
-                _by_hand(spec, nodes, keep, workload) if spec.plan else _searched(spec, nodes, keep, workload)
+                _by_hand(spec, nodes, keep, workload, options)
+                if spec.plan
+                else _searched(spec, nodes, keep, workload, options)
             )
         except Infeasible:
             if n or not facts.own:
@@ -255,52 +283,134 @@ def draft(spec: Spec, facts: Facts, workload: Workload | None = None, previous: 
     return Draft(plan, instances, _refusal(spec, plan, nodes))
 
 
+_Found = tuple[Plan, tuple[search.Group, ...], hardware.Inventory]
+
+
+def _check_published(spec: Spec, options: Options) -> None:
+    """Raises InvalidInput for what the search of the public code does not know."""
+    if spec.plan is not None:
+        raise InvalidInput("--as-published searches for a plan, and spec.plan has one by hand; take it out")
+    if spec.planner.algorithm == "Joint":
+        raise InvalidInput("--as-published knows no joint search; add --algorithm distserve, high or low")
+    if options.objective != "goodput":
+        raise InvalidInput("--as-published finds the highest goodput and plans for no rate; add --rate max")
+
+
 def _searched(
-    spec: Spec, nodes: hardware.Inventory, keep: tuple[search.Standing, ...], workload: Workload
-) -> tuple[Plan, tuple[search.Group, ...], hardware.Inventory]:
-    algorithm = spec.planner.algorithm
-    assert algorithm != "Joint", "refused by a rule of the spec"
-    placement = search.place(
-        search.Problem(
-            model=model(spec),
-            promise=promise(spec),
-            workload=workload,
-            inventory=nodes,
-            engine=engines.engine(spec.engine.type),
-            algorithm=algorithm,
-            affinity=spec.hardware.affinity,
-            max_gpus=spec.hardware.max_gpus,
-            max_nodes_per_instance=spec.hardware.max_nodes_per_instance,
-            keep=keep,
-        )
+    spec: Spec,
+    nodes: hardware.Inventory,
+    keep: tuple[search.Standing, ...],
+    workload: Workload,
+    options: Options,
+) -> _Found:
+    own = engines.engine(spec.engine.type)
+    problem = search.Problem(
+        model=model(spec),
+        promise=promise(spec),
+        workload=workload,
+        inventory=nodes,
+        engine=own,
+        algorithm=spec.planner.algorithm,
+        affinity=spec.hardware.affinity,
+        max_gpus=spec.hardware.max_gpus,
+        max_nodes_per_instance=spec.hardware.max_nodes_per_instance,
+        keep=keep,
+        profile=options.profile,
+        objective=options.objective,
+        prices=dict(spec.hardware.prices),
     )
+    engine = own
+    if options.as_published:
+        profile = options.profile or latency.shipped_profile()
+        placement = published.place(problem, profile, options.resolution)
+        workload = replace(workload, rate=placement.goodput)
+    elif options.any_engine:
+        engine, placement = _any_engine(problem)
+    else:
+        placement = search.place(problem)
     plan = Plan(
         algorithm=placement.algorithm,
         affinity=placement.affinity,
         affinity_reason=placement.affinity_reason,
+        paired=placement.paired,
         gpus=placement.gpus,
-        rate=_figure(workload.rate),
+        rate=_figure(placement.rate),
         goodput=_figure(placement.goodput),
         goodput_per_gpu=_figure(placement.goodput / placement.gpus),
+        cost=_cost(spec, nodes, placement.groups),
         predicted=_prediction(placement.prediction),
         roles=_roles(placement.groups),
         prefill=words(_roles(placement.groups), "prefill"),
         decode=words(_roles(placement.groups), "decode"),
-        bottleneck=placement.bottleneck,
+        bottleneck=placement.bottleneck[:1024],
         bound=_figure(placement.bound),
         bound_share=_figure(placement.bound_share),
         latency_source=placement.latency_source,
-        workload=_summary(workload),
-        setting=_setting(spec, nodes, placement.groups, placement.link),
+        workload=_summary(replace(workload, rate=placement.rate)),
+        setting=_setting(spec, nodes, placement.groups, placement.link, engine, options),
         rejected=tuple(Rejected(what=what, reason=why[:1000]) for what, why in placement.rejected[:32]),
         search=Search(seconds=0.0, cpu_seconds=0.0, simulations=placement.simulations),
     )
     return plan, placement.groups, nodes
 
 
+def _any_engine(problem: search.Problem) -> tuple[engines.Engine, search.Placement]:
+    """The best placement over all engines (ties: the problem's own), with what each of the others takes among the rejected.
+
+    Raises Infeasible where no engine has a plan.
+    """
+    own = problem.engine
+    order = [own, *(e for e in engines.ENGINES.values() if e is not own)]
+    found: dict[str, search.Placement] = {}
+    failed: dict[str, Infeasible] = {}
+    for engine in order:
+        try:
+            found[engine.name] = search.place(replace(problem, engine=engine))
+        except Infeasible as error:
+            failed[engine.name] = error
+    if not found:
+        raise failed[own.name]
+
+    def better(name: str) -> tuple[float, int]:
+        placement = found[name]
+        per_gpu = -placement.goodput / placement.gpus if problem.objective == "goodput" else 0.0
+        return per_gpu, placement.gpus
+
+    best = min(found, key=better)
+
+    def takes(name: str) -> str:
+        if name in failed:
+            return str(failed[name])
+        if problem.objective == "goodput":
+            theirs, mine = (found[n].goodput / found[n].gpus for n in (name, best))
+            return f"{theirs:.2f} req/s per GPU; {best} reaches {mine:.2f}"
+        return f"takes {found[name].gpus} GPUs; {best} takes {found[best].gpus}"
+
+    others = [search.Rejected(f"engine {e.name}", takes(e.name)) for e in order if e.name != best]
+    placement = replace(found[best], rejected=(*others, *found[best].rejected))
+    return engines.engine(best), placement
+
+
+def _cost(spec: Spec, nodes: hardware.Inventory, groups: Sequence[search.Group]) -> float | None:
+    """Per hour, in the currency of `hardware.prices`; None where one is missing."""
+    products = {n.name: n.gpu.product for n in nodes.nodes}
+    usual = min(products.values())
+    gpus = Counter[str]()
+    for g in groups:
+        for name, count in g.nodes:
+            gpus[products.get(name, usual)] += g.tp * g.pp * count
+    if not set(gpus) <= set(spec.hardware.prices):
+        return None
+    return round(sum(spec.hardware.prices[p] * n for p, n in sorted(gpus.items())), 4)
+
+
 def _by_hand(
-    spec: Spec, nodes: hardware.Inventory, keep: tuple[search.Standing, ...], workload: Workload
-) -> tuple[Plan, tuple[search.Group, ...], hardware.Inventory]:
+    spec: Spec,
+    nodes: hardware.Inventory,
+    keep: tuple[search.Standing, ...],
+    workload: Workload,
+    options: Options,
+) -> _Found:
     """A plan by hand is carried out as given, and simulated all the same."""
     assert spec.plan is not None
     wanted = [(r.role, r.tp, r.pp, r.count) for r in spec.plan.roles]
@@ -327,7 +437,7 @@ def _by_hand(
     affinity, reason = hardware.affinity(nodes, spec.hardware.affinity)
     engine = engines.engine(spec.engine.type)
     link = search.kv_link(nodes, groups)
-    deployment = search.deployment(model(spec), engine, nodes, groups, link)
+    deployment = search.deployment(model(spec), engine, nodes, groups, link, profile=options.profile)
     plan = Plan(
         algorithm="ByHand",
         affinity=affinity,
@@ -336,13 +446,14 @@ def _by_hand(
         rate=_figure(workload.rate),
         goodput=0.0,
         goodput_per_gpu=0.0,
+        cost=_cost(spec, nodes, groups),
         predicted=_prediction(search.predict(deployment, workload, promise(spec))),
         roles=_roles(groups),
         prefill=words(_roles(groups), "prefill"),
         decode=words(_roles(groups), "decode"),
         latency_source=deployment.prefill[0].times.provenance.describe(),
         workload=_summary(workload),
-        setting=_setting(spec, nodes, groups, link),
+        setting=_setting(spec, nodes, groups, link, engine, options),
         search=Search(seconds=0.0, cpu_seconds=0.0, simulations=0),
     )
     return plan, groups, nodes
@@ -378,13 +489,19 @@ def _take(
     return replace(nodes, nodes=tuple(known.values())), tuple((+standing).elements())
 
 
-def replay(plan: Plan) -> tuple[simulate.Deployment, simulate.Promise]:
-    """The simulator's view of a plan, from nothing but the plan: for traces, and for other traffic than it was made for."""
+def replay(
+    plan: Plan, profile: latency.Profile | None = None
+) -> tuple[simulate.Deployment, simulate.Promise]:
+    """The simulator's view of a plan, from nothing but the plan: for traces, and for other traffic than it was made for.
+
+    A plan made with a profile of its own needs that profile again. Raises InvalidInput where it is missing or another.
+    """
     setting = plan.setting
     if setting is None:
         raise InvalidInput(
             "the plan has no `setting`: model, GPU, link and promise; give a plan of this release"
         )
+    _check_profile(setting, profile)
     known = (
         catalogue.model(setting.model)
         if setting.config is None
@@ -392,8 +509,29 @@ def replay(plan: Plan) -> tuple[simulate.Deployment, simulate.Promise]:
     )
     shapes = [(_side(r.role), r.tp, r.pp, r.count) for r in plan.roles]
     engine, gpu = engines.engine(setting.engine), catalogue.gpu(setting.gpu)
-    deployment = search.deployment(known, engine, gpu, shapes, setting.link)
+    where: dict[engines.Role, catalogue.GPU] = {
+        "prefill": gpu,
+        "decode": catalogue.gpu(setting.decode_gpu or setting.gpu),
+    }
+    deployment = search.deployment(known, engine, where, shapes, setting.link, profile=profile)
     return deployment, simulate.Promise(setting.ttft, setting.tpot, setting.attainment)
+
+
+def _check_profile(setting: Setting, profile: latency.Profile | None) -> None:
+    """Raises InvalidInput unless the profile is the one that the plan was made with."""
+    made = setting.profile
+    if made is None:
+        if profile is not None:
+            raise InvalidInput(
+                f"profile {profile.name}: the plan was made without a profile; leave --profile out"
+            )
+    elif profile is None:
+        raise InvalidInput(f"the plan was made with the profile {made.name}; give it with --profile")
+    elif profile.digest != made.digest:
+        raise InvalidInput(
+            f"profile {profile.name} is not {made.name}, with which the plan was made: its digest is "
+            f"{profile.digest[:12]}, not {made.digest[:12]}"
+        )
 
 
 def predict(plan: Plan, workload: Workload) -> Prediction:
@@ -402,9 +540,12 @@ def predict(plan: Plan, workload: Workload) -> Prediction:
     return _prediction(search.predict(deployment, workload, promised))
 
 
-def warm_up() -> None:
+def warm_up(options: Options = DEFAULT) -> None:
     """Loads the compiled kernels of this process, so that what is timed afterwards is the search."""
-    simulate.warm_up()
+    if options.as_published:
+        published.warm_up()
+    else:
+        simulate.warm_up()
 
 
 def promise(spec: Spec) -> simulate.Promise:
@@ -434,15 +575,27 @@ def _figure(value: float) -> float:
 
 
 def _setting(
-    spec: Spec, nodes: hardware.Inventory, groups: Sequence[search.Group], link: catalogue.Link
+    spec: Spec,
+    nodes: hardware.Inventory,
+    groups: Sequence[search.Group],
+    link: catalogue.Link,
+    engine: engines.Engine,
+    options: Options,
 ) -> Setting:
     products = {n.name: n.gpu.product for n in nodes.nodes}
-    used = sorted({products[name] for g in groups for name, _ in g.nodes if name in products})
+
+    def product(role: engines.Role) -> str:
+        used = {products[name] for g in groups if g.role == role for name, _ in g.nodes if name in products}
+        return min(used or products.values())
+
+    profile = options.profile
     return Setting(
         model=spec.model.id,
         config=spec.model.config,
-        engine=spec.engine.type,
-        gpu=used[0] if used else min(products.values()),
+        engine=engine.name,
+        gpu=product("prefill"),
+        decode_gpu=product("decode") if product("decode") != product("prefill") else None,
+        profile=ProfileName(name=profile.name, digest=profile.digest) if profile else None,
         link=link.name,
         ttft=seconds(spec.slo.ttft),
         tpot=seconds(spec.slo.tpot),
@@ -517,16 +670,17 @@ def _slots(
 
 def _refusal(spec: Spec, plan: Plan, nodes: hardware.Inventory) -> str | None:
     """Why this release would not start the plan, before any pod exists."""
-    engine = engines.engine(spec.engine.type)
+    assert plan.setting is not None
+    engine = engines.engine(plan.setting.engine)
     simulated = {n.name: n.simulated for n in nodes.nodes}
     reason = engines.refuse_args(engine, spec.engine.args)
     known = model(spec)
     reason = reason or engines.refuse_architecture(engine, known.architecture, known.quantised)
     for role in plan.roles:
+        if not role.nodes:
+            return f"no node holds {role.role} {role.words()} as the plan means it"
         there = all(simulated.get(n.name, False) for n in role.nodes)
-        reason = reason or engines.refuse_start(
-            engine, role.tp, role.pp, plan.algorithm == "LowAffinity", there
-        )
+        reason = reason or engines.refuse_start(engine, role.tp, role.pp, plan.paired, there)
     return reason
 
 

@@ -60,7 +60,11 @@ BROKEN: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "no engine type": (_with("spec.engine", {}), "spec.engine.type"),
     "an engine of a later release": (_with("spec.engine.type", "vllm"), "spec.engine.type"),
     "a flag that the operator owns": (_with("spec.engine.args", ["--tp=4"]), "spec.engine.args"),
-    "a search of a later release": (_with("spec.planner", {"algorithm": "Joint"}), "spec.planner.algorithm"),
+    "an unknown search": (_with("spec.planner", {"algorithm": "Greedy"}), "spec.planner.algorithm"),
+    "a price of nothing": (
+        _with("spec.hardware", {"prices": {"NVIDIA-L40S": 0}}),
+        "spec.hardware.prices.NVIDIA-L40S",
+    ),
     "instances over two nodes": (
         _with("spec.hardware", {"maxNodesPerInstance": 2}),
         "spec.hardware.maxNodesPerInstance",

@@ -15,6 +15,7 @@ import yaml
 from tests.contract.broken import BROKEN, GOOD
 from tests.integration.bench import node
 
+DATA = Path(__file__).parents[2] / "operator/disaggserve/data"
 DISAGGSERVE = str(Path(sys.executable).with_name("disaggserve"))
 
 
@@ -51,6 +52,7 @@ OPT_66B = {
     "model": {"id": "facebook/opt-66b"},
     "slo": {"ttft": "2500ms", "tpot": "150ms"},
     "workload": {"rate": 4, "lengths": {"preset": "sharegpt"}},
+    "planner": {"algorithm": "DistServe"},
 }
 
 
@@ -205,6 +207,28 @@ def test_a_trace_is_replayed_on_a_plan(tmp_path: Path) -> None:
     bad = run("simulate", "--plan", plan, "--trace", trace)
     assert bad.returncode == 1
     assert "line 3" in bad.stderr
+
+
+def test_the_public_codes_answer_from_files(tmp_path: Path) -> None:
+    """A profile and lengths of one's own: here those that DistServe ships, its first 300 requests."""
+    rows = (DATA / "lengths/sharegpt_opt_1600.csv").read_text().splitlines()[1:301]
+    lengths = tmp_path / "lengths.csv"
+    lengths.write_text("\n".join(["input_tokens,output_tokens", *rows]))
+    spec = {"slo": {"ttft": "200ms", "tpot": "100ms"}}
+    where = [
+        *("-f", manifest(tmp_path / "cr.json", **spec), "--nodes", cluster(tmp_path / "n.yaml", dgx(1))),
+        *("--algorithm", "low", "--as-published", "--max-gpus", 4, "--lengths", lengths, "-o", "json"),
+        *("--profile", DATA / "profiles/profiler-a100-80g.distserve.json"),
+    ]
+    done = run("plan", *where, "--rate", "max")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["prefill"], found["decode"], found["goodputPerGPU"]) == ("1×tp2", "1×tp1", 1.875)
+    assert found["search"]["simulations"] == 45
+    assert "as published" in found["latencySource"]
+    refused = run("plan", *where, "--rate", "often")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "--rate is 'often'" in refused.stderr
 
 
 def test_help_crd_and_validate_load_neither_numba_nor_kopf() -> None:

@@ -122,5 +122,7 @@ def test_the_kernel_is_the_oracle(deployment: simulate.Deployment, requests: Req
 @given(pools(), traffic())
 @settings(max_examples=100, deadline=None)
 def test_each_phase_alone_is_the_oracles(pool: simulate.Pool, requests: Requests) -> None:
-    same(simulate.run_prefill(pool, requests), simulate.Deployment((pool,), (), 0, 1.0), requests, moves=False)
+    same(
+        simulate.run_prefill(pool, requests), simulate.Deployment((pool,), (), 0, 1.0), requests, moves=False
+    )
     same(simulate.run_decode(pool, requests), simulate.Deployment((), (pool,), 0, 1.0), requests, moves=False)

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from disaggserve import catalogue, engines, search
+from disaggserve import catalogue, engines, search, simulate
 from disaggserve.cli.report import curves
 from disaggserve.simulate import Deployment, Promise
 from disaggserve.workload import Workload, preset
@@ -27,7 +27,7 @@ def deployment(engine: str = "torch") -> Deployment:
 def test_the_parts_of_a_request_are_its_whole_time(engine: str) -> None:
     on = deployment(engine)
     requests, outcome = search.observe(on, CHAT, seeds=(1,))
-    parts = curves.parts(on, requests, outcome)
+    parts = np.stack(simulate.parts(on, requests, outcome))
     assert np.all(parts >= 0)
     whole_s = (outcome.last_ns - requests.arrival_ns) / 1e9
     assert np.allclose(parts.sum(axis=0), whole_s, atol=1e-6)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disaggserve import catalogue, engines, latency, search, workload
+from disaggserve import catalogue, engines, latency, plan, search, workload
+from disaggserve.api import manifest
 from disaggserve.api.errors import Infeasible, InvalidInput
+from disaggserve.api.spec import HardwareSpec, PinnedPlan, PlannerSpec, WorkloadSpec
 from disaggserve.hardware import Inventory, Node
 from disaggserve.latency import Fit
 from disaggserve.search import published
@@ -19,6 +22,7 @@ from disaggserve.search.published import Pair
 from disaggserve.simulate import Promise
 from disaggserve.simulate.published import MS, Simulator
 from disaggserve.workload import Lengths
+from tests.integration.bench import node
 
 A100, H100 = catalogue.gpu("A100-80G"), catalogue.gpu("H100")
 PROFILE = latency.shipped_profile()
@@ -139,6 +143,51 @@ def test_place_keeps_the_published_answer_where_no_node_holds_it():
 def test_what_cannot_be_searched_is_one_sentence(changes, resolution, error, says):
     with pytest.raises(error, match=says):
         published.place(problem(**changes), PROFILE, resolution)
+
+
+# ------------------------------------------------------------------------------------------------------- as a plan
+
+CHAT = manifest.load((Path(__file__).parents[2] / "examples/chat.yaml").read_text())[0].spec
+LOW = CHAT.model_copy(
+    update={
+        "planner": PlannerSpec(algorithm="LowAffinity"),
+        "slo": CHAT.slo.model_copy(update={"ttft": "200ms", "tpot": "100ms"}),
+        "workload": WorkloadSpec.model_validate({"rate": 1, "lengths": {"preset": "sharegpt"}}),
+        "hardware": HardwareSpec(),
+    }
+)
+ASKED = plan.Options(objective="goodput", as_published=True)
+
+
+def test_the_plan_is_for_its_own_goodput():
+    draft = plan.draft(LOW, plan.Facts(nodes=(node("gpu-0", 4),)), options=ASKED)
+    assert (draft.plan.prefill, draft.plan.decode, draft.plan.goodput_per_gpu) == ("1×tp2", "1×tp1", 1.875)
+    assert draft.plan.rate == draft.plan.goodput == draft.plan.workload.rate == 5.625
+    assert [s.node for s in draft.instances] == ["gpu-0", "gpu-0"]
+    assert draft.plan.search is not None
+    assert draft.plan.search.simulations == 45
+    again = plan.draft(LOW, plan.Facts(nodes=(node("gpu-0", 4),)), options=ASKED)
+    assert again.plan == draft.plan
+
+
+def test_a_plan_without_nodes_is_not_started():
+    draft = plan.draft(LOW, plan.Facts(nodes=tuple(node(f"gpu-{i}", 8) for i in range(4))), options=ASKED)
+    assert draft.plan.goodput_per_gpu == 3.2812
+    assert draft.instances == ()
+    assert draft.refusal == "no node holds prefill 1×tp4pp2 as the plan means it"
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "says"),
+    [
+        (LOW, plan.Options(as_published=True), "add --rate max"),
+        (LOW.model_copy(update={"planner": PlannerSpec.model_construct(algorithm="Joint")}), ASKED, "no joint search"),
+        (LOW.model_copy(update={"plan": PinnedPlan.model_construct(roles=())}), ASKED, "take it out"),
+    ],
+)  # fmt: skip
+def test_what_the_public_code_does_not_know_is_refused(spec, options, says):
+    with pytest.raises(InvalidInput, match=says):
+        plan.draft(spec, plan.Facts(nodes=(node("gpu-0", 4),)), options=options)
 
 
 # ------------------------------------------------------------------------------------------------------ the rules

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from disaggserve.simulate import Outcome, Prediction, Promise, goodput, judge
+from disaggserve import simulate
+from disaggserve.simulate import Deployment, Outcome, Prediction, Promise, goodput, judge
 from disaggserve.workload import Requests
 
 SECOND = 10**9
@@ -105,3 +106,50 @@ def test_goodput_keeps_to_its_bounds() -> None:
 def test_goodput_is_nothing_where_nothing_is_met() -> None:
     assert goodput(lambda _: 0.0, 0.9) == 0.0
     assert goodput(lambda _: math.nan, 0.9) == 0.0
+
+
+def run_of(*rows: tuple[int, int, int, int, int, int], cached: bool = False) -> tuple[Requests, Outcome]:
+    """(arrival, prefill start, first, transfer end, decode start, last) in ms, -1 = never; prompts of 1000 tokens."""
+    table = np.array(rows, dtype=np.int64)
+    times = [np.where(c < 0, -1, c * 1_000_000) for c in table.T]
+    lens = np.full(len(rows), 1000, dtype=np.int32)
+    requests = Requests(
+        times[0], lens, np.arange(2, len(rows) + 2, dtype=np.int32), lens - 1 if cached else None
+    )
+    return requests, Outcome(times[1], times[2], times[3], times[4], times[5], events=7)
+
+
+LINKED = Deployment((), (), kv_bytes_per_token=1000, link_bytes_s=1e8, link_latency_s=0.002)  # 12 ms a prompt
+
+
+def test_the_parts_of_a_request_are_its_whole_time() -> None:
+    requests, outcome = run_of(
+        (0, 10, 60, 80, 85, 500),
+        (5, 60, 110, -1, -1, 110),  # one token, made at prefill
+        (6, -1, -1, -1, -1, -1),  # fits nowhere
+        (7, 20, 900, 80, 85, 1000),  # its first token is decode's: prefill ends as the transfer begins
+    )
+    found = simulate.parts(LINKED, requests, outcome)
+    expected = [(10, 50, 12, 13, 415), (55, 50, 0, 0, 0), (13, 48, 12, 5, 915)]
+    assert pytest.approx(np.array(expected)) == np.stack(found).T * 1000
+    assert np.sum(found, axis=0) * 1000 == pytest.approx([500, 105, 993])
+
+
+def test_runs_are_joined_one_after_another() -> None:
+    row = (1, 1, 1)
+    first = run_of((0, *row, 1, 9), (100, 110, 120, 130, 140, 150), (300, *row, 1, 9), cached=True)
+    other = run_of((99, *row, 1, 9), (150, 160, -1, -1, -1, -1), (299, 300, 301, 302, 303, 900), cached=True)
+    requests, outcome = simulate.joined([first, other], 0.1, 0.3)
+    assert (requests.arrival_ns // 1_000_000).tolist() == [100, 350, 499]
+    assert requests.output.tolist() == [3, 3, 4]
+    assert requests.cached is not None
+    assert requests.cached.tolist() == [999] * 3
+    assert (outcome.last_ns // 1_000_000).tolist() == [150, -1, 1100]
+    assert (outcome.prefill_start_ns // 1_000_000).tolist() == [110, 360, 500]
+    assert outcome.events == 14
+
+
+def test_which_requests_kept_the_promise() -> None:
+    requests, outcome = run_of((0, 0, 250, 250, 250, 350), (0, 0, 251, 251, 251, 300), (0, 0, 9, 9, 9, 210))
+    assert simulate.kept(requests, outcome, Promise(0.25, 0.1, 0.9)).tolist() == [True, False, True]
+    assert simulate.kept(requests, outcome, Promise(0.25, 0.06, 0.9)).tolist() == [False, False, False]

@@ -106,6 +106,13 @@ class RefusedNode(ApiModel):
     reason: Text = Field(description="Why, in one sentence. Example: cordoned (spec.unschedulable).")
 
 
+class ProfileName(ApiModel):
+    """The measured step times that a plan was made with."""
+
+    name: Text = Field(description="Name of the profile. Example: a100 fit.")
+    digest: Text = Field(description="SHA-256 of what it says.")
+
+
 class Setting(ApiModel):
     """What `disaggserve simulate --plan` must know to replay the plan without the resource and the cluster."""
 
@@ -115,6 +122,12 @@ class Setting(ApiModel):
     )
     engine: Text = Field(description="The engine. Example: torch.")
     gpu: Text = Field(description="The GPU's product label. Example: NVIDIA-A100-SXM4-80GB.")
+    decode_gpu: Text | None = Field(
+        default=None, description="That of decode instances, where it is another one. Example: NVIDIA-L40S."
+    )
+    profile: ProfileName | None = Field(
+        default=None, description="The profile it was made with; left out: the release's own."
+    )
     link: Text = Field(
         description="What KV crosses between prefill and decode: nvlink, pcie, rdma or tcp. Example: rdma."
     )
@@ -138,16 +151,23 @@ class Plan(ApiModel):
         default=None, description="Number of the committed revision. Example: 2."
     )
     algorithm: Literal["HighAffinity", "LowAffinity", "Joint", "ByHand"] = Field(
-        description="Placement algorithm: the paper's Algorithm 1 (HighAffinity) or 2 (LowAffinity), or a plan by hand."
+        description="Placement algorithm: Joint (both pools searched together), the paper's Algorithm 1 (HighAffinity) or 2 (LowAffinity), or a plan by hand."
     )
     affinity: Literal["High", "Low"] = Field(
         description="High: KV crosses nodes at RDMA speed. Low: it must stay inside a node."
     )
     affinity_reason: Text = Field(description="Why that affinity. Example: all 2 nodes have RDMA.")
+    paired: bool = Field(
+        default=False, description="True: each prefill stands with its decode in one container, on one node."
+    )
     gpus: int = Field(ge=1, description="GPUs in all. Example: 3.")
     rate: float = Field(ge=0, description="Requests per second planned for. Example: 5.0.")
     goodput: float = Field(ge=0, description="Predicted goodput of the whole plan, req/s. Example: 6.2.")
     goodput_per_gpu: float = Field(ge=0, description="Goodput divided by GPUs, req/s. Example: 2.07.")
+    cost: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="Price of its GPUs per hour, where hardware.prices are given. Example: 12.5.",
+    )
     predicted: Prediction = Field(description="What the simulator says of this plan under this workload.")
     roles: tuple[RolePlan, ...] = Field(max_length=16, description="Shapes, counts and nodes by role.")
     prefill: Text = Field(default="", description="Prefill in short. Example: 1×tp2.")

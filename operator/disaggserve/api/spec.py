@@ -17,6 +17,7 @@ Duration = Annotated[str, Field(pattern=DURATION_PATTERN, max_length=20)]
 ShortText = Annotated[str, Field(max_length=253)]
 LongText = Annotated[str, Field(max_length=1024)]
 Labels = Annotated[dict[ShortText, ShortText], Field(max_length=64)]
+Price = Annotated[float, Field(gt=0, le=1_000_000)]
 
 OWNED_FLAGS = (
     "--model",
@@ -250,6 +251,11 @@ class HardwareSpec(ApiModel):
         description="Fabric between nodes: High (KV crosses nodes by RDMA), Low (it must stay inside a node), Auto reads the nodes' labels. Example: Auto.",
     )
 
+    prices: Annotated[dict[ShortText, Price], Field(max_length=16)] = Field(
+        default_factory=dict,
+        description="Price of a GPU-hour by product label, in any one currency. With them Joint looks for the lowest cost, on the products that have a price. Example: {NVIDIA-A100-SXM4-80GB: 1.8}.",
+    )
+
     rules = (
         Rule(
             "self.minGPUs <= self.maxGPUs",
@@ -412,17 +418,8 @@ class EngineSpec(ApiModel):
 
 class PlannerSpec(ApiModel):
     algorithm: Literal["Joint", "DistServe", "HighAffinity", "LowAffinity"] = Field(
-        default="DistServe",
-        description="Which search: DistServe lets the fabric choose between the paper's Algorithm 1 (HighAffinity) and 2 (LowAffinity); Joint comes later and is refused. Example: DistServe.",
-    )
-
-    rules = (
-        _later(
-            "algorithm",
-            "self.algorithm != 'Joint'",
-            "Joint is not carried out by this release; write DistServe, HighAffinity or LowAffinity",
-            lambda s: s.algorithm != "Joint",
-        ),
+        default="Joint",
+        description="Which search: Joint looks at shapes and numbers of both roles together; DistServe lets the fabric choose between the paper's Algorithm 1 (HighAffinity) and 2 (LowAffinity). Example: Joint.",
     )
 
 

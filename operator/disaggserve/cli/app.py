@@ -10,6 +10,8 @@ import typer
 
 from disaggserve import __version__
 from disaggserve.api.errors import InvalidInput
+from disaggserve.cli import options
+from disaggserve.cli.options import Output
 
 app = typer.Typer(
     name="disaggserve",
@@ -21,15 +23,17 @@ app = typer.Typer(
 
 
 class Algorithm(StrEnum):
+    joint = "joint"
     distserve = "distserve"
     high = "high"
     low = "low"
 
 
-class Output(StrEnum):
-    table = "table"
-    json = "json"
-    yaml = "yaml"
+class Engine(StrEnum):
+    torch = "torch"
+    vllm = "vllm"
+    sglang = "sglang"
+    any = "any"
 
 
 File = Annotated[Path, typer.Option("-f", "--file", help="Manifest of one DisaggServe; - is standard input.")]
@@ -50,6 +54,35 @@ def plan(
         Algorithm | None,
         typer.Option("--algorithm", help="Replaces planner.algorithm.", case_sensitive=False),
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Measured step times: what `disaggserve fit` writes, or DistServe's JSON."),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Requests to plan for: CSV with arrival_s,input_tokens,output_tokens."),
+    ] = None,
+    lengths: Annotated[
+        Path | None, typer.Option(help="Lengths to plan for: CSV with input_tokens,output_tokens.")
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(help="Requests per second, or max: the highest goodput per GPU of the GPUs at hand."),
+    ] = None,
+    max_gpus: Annotated[
+        int | None, typer.Option("--max-gpus", help="Replaces hardware.maxGPUs.", min=1, max=4096)
+    ] = None,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(help="Replaces engine.type; any: the best of all, and what the resource's own costs."),
+    ] = None,
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="The search of DistServe's public code, to reproduce it.")
+    ] = False,
+    resolution: Annotated[
+        float | None,
+        typer.Option(help="With --as-published: where its bisection ends, req/s per GPU.", show_default="0.25"),
+    ] = None,
     output: Annotated[
         Output, typer.Option("-o", "--output", help="table, json (shape of status.plan) or yaml.")
     ] = Output.table,
@@ -58,24 +91,122 @@ def plan(
     ] = None,
 ) -> None:
     """The operator's own plan, without a cluster."""
-    from disaggserve.cli.plan import run
+    from disaggserve.cli.plan import Replacing, run
 
-    run(file, nodes, algorithm.value if algorithm else None, output.value, report)
+    replacing = Replacing(
+        algorithm, profile, trace, lengths, rate, max_gpus, engine, as_published, resolution
+    )
+    run(file, nodes, replacing, output.value, report)
 
 
 @app.command()
 def simulate(
-    plan: Annotated[Path, typer.Option("--plan", help="A plan as `disaggserve plan -o json` prints it.")],
-    trace: Annotated[Path, typer.Option("--trace", help="CSV with arrival_s,input_tokens,output_tokens.")],
-    output: Annotated[Output, typer.Option("-o", "--output", help="table, json or yaml.")] = Output.table,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="A plan as `disaggserve plan -o json` prints it.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option("--shape", help=options.SHAPE_HELP)] = None,
+    model: options.ModelOption = None,
+    gpu: options.GpuOption = None,
+    engine: options.EngineOption = None,
+    link: options.LinkOption = None,
+    profile: options.ProfileOption = None,
+    ttft: options.TtftOption = None,
+    tpot: options.TpotOption = None,
+    attainment: options.AttainmentOption = None,
+    trace: options.TraceOption = None,
+    cache_blocks: options.CacheOption = None,
+    lengths: options.LengthsOption = None,
+    rate: options.RateOption = None,
+    duration: options.DurationOption = "600s",
+    cv: options.CvOption = 1.0,
+    seed: options.SeedOption = None,
+    output: options.OutputOption = Output.table,
     requests: Annotated[
         Path | None, typer.Option("--requests", help="Write one row per request to this CSV.")
     ] = None,
 ) -> None:
-    """Replays requests on a plan: attainment with its interval, TTFT and TPOT percentiles."""
+    """Requests on a plan or a shape: attainment with its interval, TTFT and TPOT percentiles, where the time goes."""
+    from disaggserve.cli import subject, traffic
     from disaggserve.cli.simulate import run
 
-    run(plan, trace, output.value, requests)
+    given = subject.Given(model, gpu, engine, link, profile, ttft, tpot, attainment)
+    sent = traffic.given(trace, cache_blocks, lengths, rate, duration, cv, seed)
+    run(subject.one(plan, shape, given), sent, output.value, requests)
+
+
+@app.command()
+def replay(
+    trace: Annotated[
+        Path,
+        typer.Option(
+            "--trace", help="Requests in their own order: our CSV, Azure's CSV or Mooncake's JSONL."
+        ),
+    ],
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="A plan as `disaggserve plan -o json` prints it.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option("--shape", help=options.SHAPE_HELP)] = None,
+    model: options.ModelOption = None,
+    gpu: options.GpuOption = None,
+    engine: options.EngineOption = None,
+    link: options.LinkOption = None,
+    profile: options.ProfileOption = None,
+    ttft: options.TtftOption = None,
+    tpot: options.TpotOption = None,
+    attainment: options.AttainmentOption = None,
+    cache_blocks: options.CacheOption = None,
+    speed: Annotated[
+        float, typer.Option("--speed", help="Runs the trace so many times as fast.", min=1e-3)
+    ] = 1.0,
+    window: Annotated[
+        str, typer.Option("--window", help="Length of a window of the replay. Example: 5m.")
+    ] = "5m",
+    output: options.OutputOption = Output.table,
+) -> None:
+    """A trace on a plan or a shape, window by window: where in the day the promise breaks."""
+    from disaggserve.cli import subject
+    from disaggserve.cli.replay import run
+
+    given = subject.Given(model, gpu, engine, link, profile, ttft, tpot, attainment)
+    window_s = subject.limit("window", window)
+    run(subject.one(plan, shape, given), trace, cache_blocks, speed, window_s, output.value)
+
+
+@app.command()
+def compare(
+    plans: Annotated[
+        list[Path] | None, typer.Argument(help="Plans as `disaggserve plan -o json` prints them.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", help=f"{options.SHAPE_HELP} Repeat it for several.")
+    ] = None,
+    model: options.ModelOption = None,
+    gpu: options.GpuOption = None,
+    engine: options.EngineOption = None,
+    link: options.LinkOption = None,
+    profile: options.ProfileOption = None,
+    ttft: options.TtftOption = None,
+    tpot: options.TpotOption = None,
+    attainment: options.AttainmentOption = None,
+    trace: options.TraceOption = None,
+    cache_blocks: options.CacheOption = None,
+    lengths: options.LengthsOption = None,
+    rate: options.RateOption = None,
+    duration: options.DurationOption = "600s",
+    cv: options.CvOption = 1.0,
+    seed: options.SeedOption = None,
+    goodput: Annotated[
+        bool, typer.Option("--goodput", help="Search each one's highest rate that keeps the promise, too.")
+    ] = False,
+    output: options.OutputOption = Output.table,
+) -> None:
+    """The same requests on several plans and shapes, side by side."""
+    from disaggserve.cli import subject, traffic
+    from disaggserve.cli.compare import run
+
+    given = subject.Given(model, gpu, engine, link, profile, ttft, tpot, attainment)
+    sent = traffic.given(trace, cache_blocks, lengths, rate, duration, cv, seed)
+    run(subject.several(plans or [], shape or [], given), sent, goodput, output.value)
 
 
 @app.command()

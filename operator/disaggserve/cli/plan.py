@@ -2,33 +2,130 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from disaggserve import plan
+import numpy as np
+
+from disaggserve import latency, plan, workload
 from disaggserve.api.errors import InvalidInput
-from disaggserve.api.spec import PlannerSpec
+from disaggserve.api.spec import Spec
 from disaggserve.cli import report, show
 from disaggserve.cli.files import objects, one
 from disaggserve.cluster import searching
+from disaggserve.workload import Workload
 
-_ALGORITHMS = {"distserve": "DistServe", "high": "HighAffinity", "low": "LowAffinity"}
+ALGORITHMS = {"joint": "Joint", "distserve": "DistServe", "high": "HighAffinity", "low": "LowAffinity"}
 
 
-def run(file: Path, nodes: Path, algorithm: str | None, output: str, page: Path | None = None) -> None:
-    spec = one(file).spec
-    if algorithm:
-        planner = PlannerSpec.model_validate({"algorithm": _ALGORITHMS[algorithm]})
-        spec = spec.model_copy(update={"planner": planner})
-    found = objects(nodes)
-    of_kind = {kind: tuple(o for o in found if o.get("kind") == kind) for kind in ("Node", "Pod")}
-    if not of_kind["Node"]:
-        raise InvalidInput(f"{nodes}: holds no Node; give what `kubectl get nodes,pods -A -o yaml` prints")
-    facts = plan.Facts(nodes=of_kind["Node"], pods=of_kind["Pod"])
+@dataclass(frozen=True)
+class Replacing:
+    """Options that replace what the resource says; None leaves it."""
+
+    algorithm: str | None = None
+    profile: Path | None = None
+    trace: Path | None = None
+    lengths: Path | None = None
+    rate: str | None = None
+    max_gpus: int | None = None
+    engine: str | None = None
+    as_published: bool = False
+    resolution: float | None = None
+
+
+def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path | None = None) -> None:
+    if replacing.resolution is not None and not replacing.as_published:
+        raise InvalidInput("--resolution belongs to --as-published; add that or leave it out")
+    spec = replaced(one(file).spec, replacing)
+    expected = traffic(spec, replacing)
+    options = plan.Options(
+        profile=latency.Profile.load(replacing.profile) if replacing.profile else None,
+        objective="goodput" if replacing.rate == "max" else "gpus",
+        any_engine=replacing.engine == "any",
+        as_published=replacing.as_published,
+        resolution=replacing.resolution or plan.Options.resolution,
+    )
+    facts = read_facts(nodes)
     with show.busy("searching"):
-        draft = searching.draft(spec, facts, None, ())
+        draft = searching.draft(spec, facts, expected, (), options)
     if output == "table":
         show.plan(spec, draft)
     else:
         show.dump(draft.plan.model_dump(mode="json", exclude_none=True), output)
     if page is not None:
-        report.write(page, spec, facts, draft, plan.expected(spec))
+        report.write(page, spec, facts, draft, expected or plan.expected(spec))
+
+
+def read_facts(path: Path) -> plan.Facts:
+    """What `kubectl get nodes,pods -A -o yaml` prints. Raises InvalidInput where it holds no node."""
+    found = objects(path)
+    of_kind = {kind: tuple(o for o in found if o.get("kind") == kind) for kind in ("Node", "Pod")}
+    if not of_kind["Node"]:
+        raise InvalidInput(f"{path}: holds no Node; give what `kubectl get nodes,pods -A -o yaml` prints")
+    return plan.Facts(nodes=of_kind["Node"], pods=of_kind["Pod"])
+
+
+def replaced(spec: Spec, replacing: Replacing) -> Spec:
+    """The spec with algorithm, rate, GPUs and engine of the options."""
+    parts: dict[str, dict[str, object]] = {
+        "planner": {"algorithm": replacing.algorithm and ALGORITHMS[replacing.algorithm]},
+        "hardware": {"max_gpus": replacing.max_gpus},
+        "engine": {"type": replacing.engine if replacing.engine != "any" else None},
+        "workload": {"rate": _rate(replacing.rate)},
+    }
+    update = {
+        part: getattr(spec, part).model_copy(update={k: v for k, v in given.items() if v is not None})
+        for part, given in parts.items()
+    }
+    return spec.model_copy(update=update)
+
+
+def _rate(text: str | None) -> float | None:
+    if text is None or text == "max":
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate <= 100_000:
+        raise InvalidInput(f"--rate is {text!r}; give requests per second, or max")
+    return rate
+
+
+def traffic(spec: Spec, replacing: Replacing) -> Workload | None:
+    """Traffic of a trace or a table of lengths; None where neither is given. Requests over the model's context are left out,
+    and how many is said on stderr and in the source.
+
+    A trace is planned for as it is: its own arrivals in their order, at its mean rate or run faster or slower to --rate.
+    """
+    if replacing.trace and replacing.lengths:
+        raise InvalidInput("--trace and --lengths both tell the lengths; give one of them")
+    context = plan.context_length(spec)
+    if replacing.lengths:
+        table = workload.read_lengths(replacing.lengths)
+        fits = table.input.astype(np.int64) + table.output <= context
+        said = _left_out(replacing.lengths, len(table) - int(fits.sum()), len(table), context)
+        lengths = replace(table, input=table.input[fits], output=table.output[fits])
+        return Workload(spec.workload.rate, 1.0, lengths, f"{replacing.lengths.name}{said}")
+    if replacing.trace is None:
+        return None
+    whole = workload.read_trace(replacing.trace, context_length=context)
+    requests, out = whole.within(context)
+    said = _left_out(replacing.trace, out, len(whole), context)
+    found = workload.from_trace(requests, f"{replacing.trace.name}, its own arrivals{said}")
+    rate = _rate(replacing.rate)
+    return replace(found, rate=rate) if rate else found
+
+
+def _left_out(path: Path, out: int, of: int, context: int) -> str:
+    """What to say of requests over the context, also said on stderr. Raises InvalidInput where there are no others."""
+    if not out:
+        return ""
+    longer = f"longer than the model's context of {context} tokens"
+    if out == of:
+        raise InvalidInput(f"{path}: all {of} requests are {longer}")
+    said = f"{out} of {of} requests ({out / of:.1%}) are {longer} and left out"
+    print(said, file=sys.stderr)
+    return f"; {said}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from disaggserve import simulate
-from disaggserve.api.model import seconds
 from disaggserve.api.plan import Plan, Prediction, RolePlan
 from disaggserve.api.spec import Spec
 from disaggserve.plan import Draft
 
-_out = Console(highlight=False)
+# A pipe has no width: tables stay on their lines.
+_out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 @contextmanager
@@ -40,6 +41,8 @@ def dump(value: dict[str, Any], output: str) -> None:
 
 def duration(value_s: float) -> str:
     """`62 ms`, `1.43 s`."""
+    if math.isnan(value_s):
+        return "–"
     return f"{value_s * 1000:.0f} ms" if value_s < 1 else f"{value_s:.2f} s"
 
 
@@ -106,32 +109,39 @@ def _prediction_line(p: Prediction, target: float) -> str:
     )
 
 
-def prediction(p: simulate.Prediction, promise: simulate.Promise, on: Plan, output: str) -> None:
-    """What a simulation says of a trace."""
-    names = ("p50", "p90", "p99")
-    if output != "table":
-        dump(
-            {
-                "attainment": round(p.attainment, 6),
-                "attainmentLow": round(p.low, 6),
-                "attainmentHigh": round(p.high, 6),
-                "ttft": {k: round(float(v), 6) for k, v in zip(names, p.ttft, strict=True)},
-                "tpot": {k: round(float(v), 6) for k, v in zip(names, p.tpot, strict=True)},
-                "requests": p.requests,
-                "latencySource": on.latency_source,
-            },
-            output,
-        )
-        return
-    table = Table("", "p50", "p90", "p99", "promise", box=None, pad_edge=False)
-    table.add_row("TTFT", *map(duration, p.ttft), duration(promise.ttft_s))
-    table.add_row("TPOT", *map(duration, p.tpot), duration(promise.tpot_s))
-    _out.print(
-        f"attainment {p.attainment:.1%} ({p.low:.1%} to {p.high:.1%}, target {promise.attainment:.0%}) of {p.requests} requests, simulated"
-    )
-    _out.print(table)
-    _out.print(f"step times: {on.latency_source}")
+def figure(value: float | None, digits: int = 6) -> float | None:
+    """For JSON, which knows no NaN."""
+    return None if value is None or math.isnan(value) else round(float(value), digits)
 
 
-def spec_promise(spec: Spec) -> str:
-    return f"TTFT {duration(seconds(spec.slo.ttft))}, TPOT {duration(seconds(spec.slo.tpot))}"
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    return {name: figure(v) for name, v in zip(("p50", "p90", "p99"), values, strict=True)}
+
+
+def attained(p: simulate.Prediction) -> dict[str, Any]:
+    """What a simulation says, for programs: shares in 0…1, seconds."""
+    return {
+        "attainment": figure(p.attainment),
+        "attainmentLow": figure(p.low),
+        "attainmentHigh": figure(p.high),
+        "ttft": percentiles(p.ttft),
+        "tpot": percentiles(p.tpot),
+        "requests": p.requests,
+    }
+
+
+def share(p: simulate.Prediction) -> str:
+    """`91.2% (90.1% to 92.3%)`."""
+    return "–" if math.isnan(p.attainment) else f"{p.attainment:.1%} ({p.low:.1%} to {p.high:.1%})"
+
+
+def rate(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.3g} req/s"
+
+
+def table(*columns: str) -> Table:
+    return Table(*columns, box=None, pad_edge=False)
+
+
+def out(*what: Any) -> None:
+    _out.print(*what)

@@ -1,51 +1,74 @@
-"""`disaggserve simulate`: the requests of a trace on a plan."""
+"""`disaggserve simulate`: requests on a plan or a shape."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
-from disaggserve import plan, simulate, workload
-from disaggserve.api.errors import InvalidInput
-from disaggserve.api.plan import Plan
-from disaggserve.cli import show
-from disaggserve.cli.files import text
+from disaggserve import simulate
+from disaggserve.cli import show, traffic
+from disaggserve.cli.subject import Subject
+from disaggserve.cli.traffic import Judged, Traffic
 
-
-def read_plan(path: Path) -> Plan:
-    """A plan as `disaggserve plan -o json` prints it, or as `status.plan` holds it."""
-    try:
-        return Plan.model_validate_json(text(path), strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "document"
-        raise InvalidInput(
-            f"{path}: {field}: {first['msg'].lower()}; give what `disaggserve plan -o json` or status.plan prints"
-        ) from None
+_PARTS = ("queue", "prefill", "transfer", "decodeWait", "decode")
 
 
-def run(file: Path, trace: Path, output: str, rows: Path | None) -> None:
-    planned = read_plan(file)
-    if planned.setting is None:
-        raise InvalidInput(f"{file}: setting is missing: this plan does not say model, GPU and promise")
-    requests = workload.read_trace(trace)
+def run(subject: Subject, given: traffic.Given, output: str, rows: Path | None) -> None:
+    sent = traffic.load(given, subject.context_length)
     with show.busy("simulating"):
-        deployment, promise = plan.replay(planned)
-        outcome = simulate.run(deployment, requests)
-        prediction = simulate.judge(requests, outcome, promise)
+        judged = traffic.send(subject, sent)
     if rows is not None:
-        _write(rows, requests, outcome)
-    show.prediction(prediction, promise, planned, output)
+        _write(rows, judged)
+    if output == "table":
+        _table(subject, sent, judged)
+    else:
+        show.dump(_values(subject, sent, judged), output)
 
 
-def _write(path: Path, requests: workload.Requests, outcome: simulate.Outcome) -> None:
+def _parts(subject: Subject, judged: Judged) -> dict[str, float]:
+    """Mean seconds of the completed requests by where they went; empty where none was completed."""
+    found = simulate.parts(subject.deployment, judged.requests, judged.outcome)
+    if not len(found.queue):
+        return {}
+    return {name: float(np.mean(part)) for name, part in zip(_PARTS, found, strict=True)}
+
+
+def _values(subject: Subject, sent: Traffic, judged: Judged) -> dict[str, Any]:
+    return {
+        **show.attained(judged.prediction),
+        "rate": show.figure(sent.rate),
+        "gpus": subject.gpus,
+        "leftOut": sent.left_out,
+        "breakdown": {name: show.figure(value) for name, value in _parts(subject, judged).items()},
+        "latencySource": subject.latency_source,
+        "digest": judged.digest,
+    }
+
+
+def _table(subject: Subject, sent: Traffic, judged: Judged) -> None:
+    p, promise = judged.prediction, subject.promise
+    table = show.table("", "p50", "p90", "p99", "promise")
+    table.add_row("TTFT", *map(show.duration, p.ttft), show.duration(promise.ttft_s))
+    table.add_row("TPOT", *map(show.duration, p.tpot), show.duration(promise.tpot_s))
+    show.out(
+        f"attainment {show.share(p)}, target {promise.attainment:.0%}, of {p.requests} requests at "
+        f"{show.rate(sent.rate)} on {subject.gpus} GPUs, simulated"
+    )
+    show.out(table)
+    words = {"decodeWait": "wait for decode"}
+    if parts := _parts(subject, judged):
+        show.out("mean: " + ", ".join(f"{words.get(n, n)} {show.duration(v)}" for n, v in parts.items()))
+    show.out(f"step times: {subject.latency_source}")
+
+
+def _write(path: Path, judged: Judged) -> None:
     """One row per request; times in seconds, empty where the request never got there."""
+    requests, outcome = judged.requests, judged.outcome
     ttft = (outcome.first_ns - requests.arrival_ns) / 1e9
-    steps = np.maximum(requests.output - 1, 1)
-    tpot = np.where(requests.output > 1, (outcome.last_ns - outcome.first_ns) / 1e9 / steps, 0.0)
+    tpot = (outcome.last_ns - outcome.first_ns) / 1e9 / np.maximum(requests.output - 1, 1)
     with path.open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["arrival_s", "input_tokens", "output_tokens", "ttft_s", "tpot_s"])

@@ -12,12 +12,18 @@ from disaggserve.hardware import Json
 from disaggserve.workload import Workload
 
 
-def draft(spec: Spec, facts: plan.Facts, workload: Workload | None, previous: Sequence[Slot]) -> plan.Draft:
+def draft(
+    spec: Spec,
+    facts: plan.Facts,
+    workload: Workload | None,
+    previous: Sequence[Slot],
+    options: plan.Options = plan.DEFAULT,
+) -> plan.Draft:
     """`plan.draft` with what it took. Raises Infeasible and other DisaggServeErrors."""
-    plan.warm_up()
+    plan.warm_up(options)
     clock = WallClock()
     began_s, cpu_s = clock.monotonic_s(), clock.cpu_s()
-    found = plan.draft(spec, facts, workload, previous)
+    found = plan.draft(spec, facts, workload, previous, options)
     return found.timed(clock.monotonic_s() - began_s, clock.cpu_s() - cpu_s)
 
 

@@ -37,17 +37,23 @@ def prefill_bound_s(model: Model, gpu: GPU, tp: int, pp: int, tokens: int, squar
     return max(flops + attention, read / gpu.bandwidth_bytes_s)
 
 
+def _decode_parts_s(model: Model, gpu: GPU, tp: int, pp: int) -> tuple[float, float, float]:
+    """Least seconds of one stage to read the weights of one token, to read a token of context, to multiply a request."""
+    layers = model.layers * model.active_layer_params / (tp * pp)
+    table = model.table_params / (tp * pp)
+    weights = layers * model.bytes_per_weight + table * model.bytes_per_activation
+    kv = 2 * model.kv_heads_per_gpu(tp) * model.head_dim * model.bytes_per_kv * model.layers / pp
+    request = 2 * (layers / peak_flops(model, gpu) + table / gpu.bf16_flops)
+    return weights / gpu.bandwidth_bytes_s, kv / gpu.bandwidth_bytes_s, request
+
+
 def decode_bound_s(model: Model, gpu: GPU, tp: int, pp: int, batch: int, context_tokens: int) -> float:
     """Least seconds of one stage for a step of `batch` requests with Σ context tokens of KV to read.
 
     With experts, all requests may have chosen the same ones: those of one token are read at the least.
     """
-    layers = model.layers * model.active_layer_params / (tp * pp)
-    table = model.table_params / (tp * pp)
-    kv = 2 * model.kv_heads_per_gpu(tp) * model.head_dim * model.bytes_per_kv * model.layers / pp
-    read = layers * model.bytes_per_weight + table * model.bytes_per_activation + kv * context_tokens
-    flops = 2 * batch * (layers / peak_flops(model, gpu) + table / gpu.bf16_flops)
-    return max(read / gpu.bandwidth_bytes_s, flops)
+    weights, context, request = _decode_parts_s(model, gpu, tp, pp)
+    return max(weights + context * context_tokens, request * batch)
 
 
 def least_slopes_s(model: Model, gpu: GPU, tp: int, phase: str) -> tuple[float, float]:
@@ -56,8 +62,7 @@ def least_slopes_s(model: Model, gpu: GPU, tp: int, phase: str) -> tuple[float, 
     A decode's requests have no least time each: as long as weights are read, multiplying with them hides in it.
     """
     if phase == "decode":
-        kv = 2 * model.kv_heads_per_gpu(tp) * model.head_dim * model.bytes_per_kv * model.layers
-        return kv / gpu.bandwidth_bytes_s, 0.0
+        return _decode_parts_s(model, gpu, tp, 1)[1], 0.0
     layers = model.layers / tp
     token = 2 * layers * model.active_layer_params / peak_flops(model, gpu)
     return token, 2 * layers * model.heads * model.head_dim / gpu.bf16_flops
@@ -71,10 +76,10 @@ def floored(model: Model, gpu: GPU, tp: int, pp: int, tables: Tables) -> Tables:
     """
     knots, prefill, quad, base, ctx = tables
     token, square = (s / pp * 1e9 for s in least_slopes_s(model, gpu, tp, "prefill"))
-    context, _ = (s / pp * 1e9 for s in least_slopes_s(model, gpu, tp, "decode"))
+    weights, context, request = (s * 1e9 for s in _decode_parts_s(model, gpu, tp, pp))
     start = max(float(prefill[0]), prefill_bound_s(model, gpu, tp, pp, 0, 0) * 1e9, token * float(knots[1]))
     rise = np.maximum(np.diff(prefill), token * np.diff(knots))[1:]
-    least = [decode_bound_s(model, gpu, tp, pp, max(b, 1), 0) * 1e9 for b in range(len(base))]
+    least = np.maximum(weights, request * np.arange(len(base)))
     prefill = np.concatenate([[start, start], start + np.cumsum(rise)])
     return knots, prefill, max(quad, square), np.maximum(base, least), np.maximum(ctx, context)
 

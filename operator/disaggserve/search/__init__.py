@@ -1,8 +1,9 @@
 """Placement: what shapes, how many instances, on which nodes, and what that is predicted to attain."""
 
+from disaggserve.search import published
 from disaggserve.search.packing import Group, NoRoom, Standing, pack, pack_pairs
 from disaggserve.search.place import place
-from disaggserve.search.predicting import deployment, kv_link, observe, predict
+from disaggserve.search.predicting import deployment, kv_link, observe, pool, predict
 from disaggserve.search.problem import Placement, Problem, Progress, Rejected, Shape
 
 __all__ = [
@@ -20,5 +21,7 @@ __all__ = [
     "pack",
     "pack_pairs",
     "place",
+    "pool",
     "predict",
+    "published",
 ]

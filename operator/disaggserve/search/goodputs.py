@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from disaggserve import simulate
 from disaggserve.catalogue import BLOCK_TOKENS, GPU, Link
@@ -17,6 +18,8 @@ from disaggserve.search.problem import Problem, Shape
 from disaggserve.simulate import Deployment, Outcome, Pool
 from disaggserve.workload import Requests, Workload
 
+SCREEN = 3000  # requests that show which of several are worth a closer look
+DRAWN = 16  # requests of so many (rate, window, seed) are remembered
 ENOUGH = 9000  # requests a seed after warm-up, where they come sooner than the steady 600 s; 3000 make decode look 5 % better
 RESOLUTION = 0.02
 
@@ -29,17 +32,27 @@ class Kept(NamedTuple):
     tpot: float
 
 
-class Goodputs:
-    """Simulations of one search on one GPU product, counted, each goodput taken once."""
+_Drawn = dict[tuple[float, float, int], Requests]
 
-    def __init__(self, problem: Problem, gpu: GPU) -> None:
+
+class Goodputs:
+    """Simulations of one search on one GPU product, counted, each goodput taken once.
+
+    `drawn`: requests by rate, seconds and seed, shared where one search has several of these.
+    """
+
+    def __init__(self, problem: Problem, gpu: GPU, drawn: _Drawn | None = None) -> None:
         self.problem, self.gpu = problem, gpu
         self.simulations = 0
+        self._drawn: _Drawn = {} if drawn is None else drawn
         self._phases: dict[tuple[Role, Shape], float] = {}
+        self._alone: dict[tuple[Role, Shape, int, float], float] = {}
+        self._fluid: dict[tuple[Role, Shape], float] = {}
 
     def pool(self, shape: Shape, count: int = 1) -> Pool:
         """Instances of that shape on this GPU."""
-        return predicting.pool(self.problem.model, self.gpu, self.problem.engine, *shape, count)
+        p = self.problem
+        return predicting.pool(p.model, self.gpu, p.engine, *shape, count, p.profile)
 
     def phase(self, role: Role, shape: Shape) -> float:
         """Goodput of one instance with its phase alone (Algorithm 1's inner loop), req/s; 0 where the promise
@@ -53,40 +66,67 @@ class Goodputs:
         return self._phases[key]
 
     def _phase(self, role: Role, shape: Shape) -> float:
-        problem, pool = self.problem, self.pool(shape)
-        if self.idle(role, shape, problem.promise.attainment) > self._limit_s(role):
+        if self.idle(role, shape, self.problem.promise.attainment) > self._limit_s(role):
             return 0.0
+        return self._highest(
+            lambda rate, seed: self._one_phase(role, shape, 1, rate, seed, ENOUGH), self.guess(role, shape)
+        )
+
+    def alone(self, role: Role, shape: Shape, count: int, rate: float) -> float:
+        """Share of requests that keep their limit when `count` instances serve this phase and nothing else does.
+
+        On one seed of a few thousand requests: to see what is worth a simulation of both phases. The other phase
+        only makes it worse (queues before the link, prefill's memory held), chance aside.
+        """
+        key = (role, shape, count, rate)
+        if key not in self._alone:
+            self._alone[key] = self._one_phase(role, shape, count, rate, predicting.SEARCH_SEEDS[0], SCREEN)
+        return self._alone[key]
+
+    def _one_phase(self, role: Role, shape: Shape, count: int, rate: float, seed: int, enough: int) -> float:
+        pool = self.pool(shape, count)
         if role == "prefill":
+            return self._kept(lambda r: simulate.run_prefill(pool, r), rate, seed, enough).ttft
+        return self._kept(lambda r: simulate.run_decode(pool, r), rate, seed, enough).tpot
 
-            def run(requests: Requests) -> Outcome:
-                return simulate.run_prefill(pool, requests)
-
-        else:
-
-            def run(requests: Requests) -> Outcome:
-                return simulate.run_decode(pool, requests)
-
-        which = 1 if role == "prefill" else 2
-        return self._highest(lambda rate, seed: self._kept(run, rate, seed)[which], self.guess(role, shape))
+    def fluid(self, role: Role, shape: Shape) -> float:
+        """Requests per second that one instance cannot exceed, whatever the queue: work per request, the best
+        batch, and for decode the largest batch that memory and TPOT allow on average."""
+        key = (role, shape)
+        if key not in self._fluid:
+            pool, workload = self.pool(shape), self.problem.workload
+            self._fluid[key] = (
+                _prefill_fluid(pool, workload)
+                if role == "prefill"
+                else _decode_per_s(pool, workload, self.problem.promise.tpot_s)
+            )
+        return self._fluid[key]
 
     def guess(self, role: Role, shape: Shape) -> float:
         """A rate near the goodput of one instance, to begin from."""
         pool, workload = self.pool(shape), self.problem.workload
         if role == "prefill":
             return 0.7 * _prefill_per_s(pool, workload)
-        return _decode_per_s(pool, workload, self.problem.promise.tpot_s)
+        return 0.9 * _decode_per_s(pool, workload, self.problem.promise.tpot_s)
 
-    def joint(self, deployment: Deployment, start: float) -> float:
-        """Goodput of a whole deployment, req/s: highest rate at which enough requests keep both limits."""
+    def joint(self, deployment: Deployment, start: float, good: float = 0.0) -> float:
+        """Goodput of a whole deployment, req/s: highest rate at which enough requests keep both limits.
+
+        `good`: a rate below `start` at which it is known to keep them.
+        """
         return self._highest(
-            lambda rate, seed: self._kept(lambda r: simulate.run(deployment, r), rate, seed).both, start
+            lambda rate, seed: self._kept(lambda r: simulate.run(deployment, r), rate, seed).both, start, good
         )
 
-    def kept(self, deployment: Deployment, rate: float) -> Kept:
-        """Mean shares over the search's seeds at that rate."""
-        rows = [
-            self._kept(lambda r: simulate.run(deployment, r), rate, seed) for seed in predicting.SEARCH_SEEDS
-        ]
+    def kept(
+        self,
+        deployment: Deployment,
+        rate: float,
+        seeds: Sequence[int] = predicting.SEARCH_SEEDS,
+        enough: int = ENOUGH,
+    ) -> Kept:
+        """Mean shares over the seeds at that rate."""
+        rows = [self._kept(lambda r: simulate.run(deployment, r), rate, seed, enough) for seed in seeds]
         return Kept(*(float(np.mean(column)) for column in zip(*rows, strict=True)))
 
     def idle(self, role: Role, shape: Shape, quantile: float, link: Link | None = None) -> float:
@@ -94,28 +134,29 @@ class Goodputs:
 
         With `link`, TPOT has each request's KV transfer in it (where the first token comes from prefill).
         """
+        return float(np.quantile(self.idle_rows(role, shape, link), quantile, method="inverted_cdf"))
+
+    def idle_rows(self, role: Role, shape: Shape, link: Link | None = None) -> npt.NDArray[np.float64]:
+        """The same in seconds by row of the lengths."""
         times, lengths = self.pool(shape).times, self.problem.workload.lengths
         if role == "prefill":
-            values = [times.prefill_stage_s([n]) for n in np.unique(lengths.input).tolist()]
-            by_row = np.array(values)[np.unique(lengths.input, return_inverse=True)[1]]
-        else:
-            # Context + 1 grows by one a step: the mean over output − 1 steps.
-            mean = lengths.input + (lengths.output + 2) / 2
-            by_row = times.decode_stage_s(1, 0) + mean * (
-                times.decode_stage_s(1, 1) - times.decode_stage_s(1, 0)
+            found, rows = np.unique(lengths.input, return_inverse=True)
+            return np.array([times.prefill_stage_s([n]) for n in found.tolist()])[rows] * times.pp
+        # Context + 1 grows by one a step: the mean over output − 1 steps.
+        mean = lengths.input + (lengths.output + 2) / 2
+        by_row = times.decode_stage_s(1, 0) + mean * (times.decode_stage_s(1, 1) - times.decode_stage_s(1, 0))
+        by_row = by_row * times.pp
+        if link is not None and self.problem.engine.first_token_from == "prefill":
+            moved_s = link.latency_s + lengths.input * (
+                self.problem.model.kv_bytes_per_token() / link.bytes_per_s
             )
-            if link is not None and self.problem.engine.first_token_from == "prefill":
-                moved_s = link.latency_s + lengths.input * (
-                    self.problem.model.kv_bytes_per_token() / link.bytes_per_s
-                )
-                by_row = by_row + moved_s / np.maximum(lengths.output - 1, 1) / times.pp
-            by_row = np.where(lengths.output > 1, by_row, 0.0)
-        return float(np.quantile(by_row, quantile, method="inverted_cdf")) * times.pp
+            by_row = by_row + moved_s / np.maximum(lengths.output - 1, 1)
+        return np.where(lengths.output > 1, by_row, 0.0)
 
     def _limit_s(self, role: Role) -> float:
         return self.problem.promise.ttft_s if role == "prefill" else self.problem.promise.tpot_s
 
-    def _highest(self, kept: Callable[[float, int], float], start: float) -> float:
+    def _highest(self, kept: Callable[[float, int], float], start: float, good: float = 0.0) -> float:
         target = self.problem.promise.attainment
 
         def attain(rate: float) -> float:
@@ -127,13 +168,21 @@ class Goodputs:
                     break
             return (total + left) / len(predicting.SEARCH_SEEDS)
 
-        return simulate.goodput(attain, target, start=start, resolution=RESOLUTION)
+        return simulate.goodput(attain, target, start=start, low=good, resolution=RESOLUTION)
 
-    def _kept(self, run: Callable[[Requests], Outcome], rate: float, seed: int) -> Kept:
+    def _requests(self, rate: float, seconds: float, seed: int) -> Requests:
+        key = (rate, seconds, seed)
+        if key not in self._drawn:
+            if len(self._drawn) >= DRAWN:
+                self._drawn.clear()
+            workload = dataclasses.replace(self.problem.workload, rate=rate)
+            self._drawn[key] = workload.requests(seconds, self.problem.seed * 1000 + seed)
+        return self._drawn[key]
+
+    def _kept(self, run: Callable[[Requests], Outcome], rate: float, seed: int, enough: int = ENOUGH) -> Kept:
         self.simulations += 1
-        warmup, window = predicting.WARMUP_S, predicting.window_s(rate, ENOUGH)
-        workload = dataclasses.replace(self.problem.workload, rate=rate)
-        requests = workload.requests(warmup + window + predicting.COOLDOWN_S, self.problem.seed * 1000 + seed)
+        warmup, window = predicting.WARMUP_S, predicting.window_s(rate, enough)
+        requests = self._requests(rate, warmup + window + predicting.COOLDOWN_S, seed)
         outcome = run(requests)
         begin, end = np.searchsorted(requests.arrival_ns, [int(warmup * 1e9), int((warmup + window) * 1e9)])
         cut = slice(int(begin), int(end))
@@ -152,25 +201,46 @@ def _prefill_per_s(pool: Pool, workload: Workload) -> float:
     return 1.0 / float(np.mean([pool.times.prefill_stage_s([n]) for n in lengths.tolist()]))
 
 
+def _prefill_fluid(pool: Pool, workload: Workload) -> float:
+    """Prompts per second of one instance that is never idle, each batched at the best batch's time per token."""
+    times, lengths = pool.times, workload.lengths.input.astype(np.float64)
+    knots, ns = times.prefill_knots_tokens, times.prefill_knots_ns
+    slope = (ns[-1] - ns[-2]) / (knots[-1] - knots[-2])
+
+    def stage_ns(tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        beyond = np.maximum(tokens - knots[-1], 0.0)
+        values: npt.NDArray[np.float64] = np.interp(tokens, knots, ns) + slope * beyond
+        return values
+
+    totals = np.linspace(1, max(pool.batch_tokens, 2), 64)
+    a_token = float(np.min(stage_ns(totals) / totals))
+    batched = np.minimum(lengths * a_token, stage_ns(lengths))
+    work = np.where(lengths <= pool.batch_tokens, batched, stage_ns(lengths))
+    return 1e9 / float(np.mean(work + times.prefill_quad_ns * lengths**2))
+
+
 def _decode_per_s(pool: Pool, workload: Workload, tpot_s: float) -> float:
-    """Requests per second of one instance at the largest batch that memory and TPOT allow, about."""
+    """Requests per second of one instance at the largest mean batch that memory and TPOT allow."""
     times, lengths = pool.times, workload.lengths
-    context = float(np.mean(lengths.input + lengths.output / 2))
+    # As seen over time: a request counts for each of its steps.
+    steps = np.maximum(lengths.output - 1, 0)
+    context = float(np.sum(steps * (lengths.input + lengths.output / 2)) / max(1, np.sum(steps)))
     batch = np.arange(1, len(times.decode_base_ns))
     stage_s = (times.decode_base_ns[1:] + times.decode_ctx_ns[1:] * batch * context) * 1e-9
-    fits = (stage_s * times.pp <= 0.9 * tpot_s) & (batch * times.pp * context <= pool.blocks * BLOCK_TOKENS)
+    fits = (stage_s * times.pp <= tpot_s) & (batch * times.pp * context <= pool.blocks * BLOCK_TOKENS)
     rate = np.where(fits, batch / stage_s, 0.0)
     best = float(rate.max()) or float(1 / stage_s[0])
     return best / max(1.0, float(np.mean(lengths.output)) - 1)
 
 
-def bound_per_gpu(problem: Problem, gpu: GPU, node_gpus: int) -> float:
+def bound_per_gpu(problem: Problem, gpu: GPU, node_gpus: int, decode_gpu: GPU | None = None) -> float:
     """What the hardware's datasheet allows, req/s per GPU, whatever the software; 0 where it cannot be said.
 
     GPU seconds of a request, prefill and decode on GPUs of their own. Prefill: the flops of its matrices and
     causal attention at peak. Decode: each token reads its request's KV, and the weights shared by the largest
     batch whose KV fits a node's GPUs beside one copy of the weights, at peak bandwidth; or its flops, if those
-    take longer. Promises, links and queues are not in it.
+    take longer. Promises, links and queues are not in it. `decode_gpu`: decode's, on nodes
+    of `node_gpus`, where it is another.
     """
     model, lengths = problem.model, problem.workload.lengths
     layers = model.layers * (model.attention_params + model.ffn_params)
@@ -180,6 +250,7 @@ def bound_per_gpu(problem: Problem, gpu: GPU, node_gpus: int) -> float:
     context = float(np.mean(prompt + lengths.output / 2))
     tokens = float(np.mean(lengths.output)) - 1
     weights = float((layers + model.table_params) * model.bytes_per_weight)
+    gpu = decode_gpu or gpu
     room = node_gpus * gpu.memory_bytes - weights
     batch = math.floor(room / (model.kv_bytes_per_token() * context)) if room > 0 else 0
     if batch < 1:

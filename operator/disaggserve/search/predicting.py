@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Iterable, Mapping, Sequence
 
 from disaggserve import catalogue, hardware, latency, simulate
 from disaggserve.api.errors import InvalidInput
@@ -20,17 +16,25 @@ from disaggserve.workload import Requests, Workload
 
 # Seeds: what is chosen on the first three is judged on others (REFERENCE § 3: the winner must be retested).
 SEARCH_SEEDS = (0, 1, 2)
-FRESH_SEEDS = (100, 101, 102, 103, 104)
+FRESH_SEEDS = tuple(range(100, 110))
 WARMUP_S = 60.0
 COOLDOWN_S = 15.0  # requests after the judged ones, which would else decode on an emptying instance
 STEADY_S = 600.0
 
 
-def pool(model: Model, gpu: GPU, engine: Engine, tp: int, pp: int, count: int) -> Pool:
+def pool(
+    model: Model,
+    gpu: GPU,
+    engine: Engine,
+    tp: int,
+    pp: int,
+    count: int,
+    profile: latency.Profile | None = None,
+) -> Pool:
     """Instances of one shape. Their prefill batches hold L_m tokens, or as many as the engine says."""
-    limit = engine.prefill_limit or latency.saturation_tokens(model, gpu, tp, pp)
+    limit = engine.prefill_limit or latency.saturation_tokens(model, gpu, tp, pp, profile)
     blocks = catalogue.kv_blocks(model, gpu, tp, pp, engine.block_tokens)
-    return Pool(count, latency.step_times(model, gpu, tp, pp), blocks, limit)
+    return Pool(count, latency.step_times(model, gpu, tp, pp, profile), blocks, limit)
 
 
 def kv_link(inventory: Inventory, groups: Iterable[Group], *, paired: bool = False) -> Link:
@@ -57,37 +61,40 @@ def kv_link(inventory: Inventory, groups: Iterable[Group], *, paired: bool = Fal
     return min(links, key=lambda link: (link.bytes_per_s, -link.latency_s))
 
 
-def named_link(gpu: GPU, name: str) -> Link:
-    """The link of that name (nvlink, pcie, rdma, tcp) between GPUs of one product."""
+def named_link(gpu: GPU, name: str, other: GPU | None = None) -> Link:
+    """The link of that name (nvlink, pcie, rdma, tcp) between GPUs of one product, or of two."""
     if name in ("nvlink", "pcie"):
         return catalogue.container_link(gpu, name == "nvlink")
-    return catalogue.pod_link(gpu, name == "rdma", gpu, name == "rdma")
+    return catalogue.pod_link(gpu, name == "rdma", other or gpu, name == "rdma")
 
 
 def deployment(
     model: Model,
     engine: Engine,
-    where: Inventory | GPU,
+    where: Inventory | GPU | Mapping[Role, GPU],
     groups: Sequence[Group] | Sequence[Wanted],
     link: Link | str | None = None,
     *,
     paired: bool = False,
+    profile: latency.Profile | None = None,
 ) -> Deployment:
-    """The simulator's view of instances on the nodes of an inventory, or on one GPU product.
+    """The simulator's view of instances on the nodes of an inventory, or on one GPU product (one for each role).
 
     Groups without node names are (role, tp, pp, count). With nodes, each instance has its node's GPU (on a
     full node that the inventory does not hold, the product of most of its nodes) and the link is the slowest
     among the pairs used unless it is given; without, it must be given, by value or name. Raises `InvalidInput`.
     """
     gpus: dict[str, GPU] = {}
-    if isinstance(where, GPU):
-        usual = where
-    else:
+    usual: Mapping[Role, GPU]
+    if isinstance(where, Inventory):
         if not where.nodes:
             raise InvalidInput("no usable node tells which GPU and link the instances have")
         gpus = {n.name: n.gpu for n in where.nodes}
         products = Counter(n.gpu.product for n in where.nodes)
-        usual = catalogue.gpu(min(products, key=lambda p: (-products[p], p)))
+        most = catalogue.gpu(min(products, key=lambda p: (-products[p], p)))
+        usual = {"prefill": most, "decode": most}
+    else:
+        usual = {"prefill": where, "decode": where} if isinstance(where, GPU) else where
     pools: dict[Role, list[Pool]] = {"prefill": [], "decode": []}
     placed: list[Group] = []
     for g in groups:
@@ -96,14 +103,14 @@ def deployment(
         if isinstance(g, Group):
             placed.append(g)
             for name, n in g.nodes:
-                by_gpu[gpus.get(name, usual)] += n
-        by_gpu[usual] += count - by_gpu.total()
+                by_gpu[gpus.get(name, usual[role])] += n
+        by_gpu[usual[role]] += count - by_gpu.total()
         for gpu, n in sorted((+by_gpu).items(), key=lambda item: item[0].product):
-            pools[role].append(pool(model, gpu, engine, tp, pp, n))
+            pools[role].append(pool(model, gpu, engine, tp, pp, n, profile))
     if isinstance(link, str):
-        link = named_link(usual, link)
+        link = named_link(usual["prefill"], link, usual["decode"])
     if link is None:
-        if isinstance(where, GPU):
+        if not isinstance(where, Inventory):
             raise InvalidInput("without nodes the link that KV takes must be given")
         link = kv_link(where, placed, paired=paired)
     return Deployment(
@@ -135,20 +142,11 @@ def observe(
     Per seed `duration_s` after a warm-up, less where `enough` requests come sooner.
     """
     window = window_s(workload.rate, enough, duration_s)
-    parts: list[list[npt.NDArray[Any]]] = []
-    for i, seed in enumerate(seeds):
+    runs: list[tuple[Requests, Outcome]] = []
+    for seed in seeds:
         requests = workload.requests(WARMUP_S + window + COOLDOWN_S, seed)
-        outcome = simulate.run(deployment, requests)
-        arrival = requests.arrival_ns
-        begin, end = np.searchsorted(arrival, [int(WARMUP_S * 1e9), int((WARMUP_S + window) * 1e9)])
-        # One after another on one clock, so that batches are of consecutive requests of one seed.
-        shift = i * round(window * 2e9)
-        cut = slice(int(begin), int(end))
-        parts.append(_columns(requests, outcome, cut, shift))
-    arrival, inputs, outputs, start, first, moved, begun, last = (
-        np.concatenate(column) for column in zip(*parts, strict=True)
-    )
-    return Requests(arrival, inputs, outputs), Outcome(start, first, moved, begun, last, events=0)
+        runs.append((requests, simulate.run(deployment, requests)))
+    return simulate.joined(runs, WARMUP_S, WARMUP_S + window)
 
 
 def predict(
@@ -167,16 +165,3 @@ def predict(
     """
     requests, outcome = observe(deployment, workload, seeds=seeds, duration_s=duration_s, enough=enough)
     return simulate.judge(requests, outcome, promise)
-
-
-def _columns(requests: Requests, outcome: Outcome, cut: slice, shift: int) -> list[npt.NDArray[Any]]:
-    """The columns of both, of a range of requests, moved by `shift` ns."""
-    times = (
-        outcome.prefill_start_ns,
-        outcome.first_ns,
-        outcome.transfer_end_ns,
-        outcome.decode_start_ns,
-        outcome.last_ns,
-    )
-    moved = [np.where(t[cut] < 0, -1, t[cut] + shift) for t in times]
-    return [requests.arrival_ns[cut] + shift, requests.input[cut], requests.output[cut], *moved]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
+from disaggserve import latency
 from disaggserve.catalogue import Link, Model
 from disaggserve.engines import Engine
 from disaggserve.hardware import Inventory
@@ -46,24 +47,34 @@ class Problem:
     workload: Workload
     inventory: Inventory
     engine: Engine
-    algorithm: Literal["DistServe", "HighAffinity", "LowAffinity"]
+    algorithm: Literal["Joint", "DistServe", "HighAffinity", "LowAffinity"]
     max_gpus: int
     affinity: Literal["Auto", "High", "Low"] = "Auto"
     max_nodes_per_instance: int = 1  # an instance is one pod, so more than 1 changes nothing yet
     keep: tuple[Standing, ...] = ()
     seed: int = 0
+    profile: latency.Profile | None = (
+        None  # source of step times where it covers model and GPU; None: shipped
+    )
+    objective: Literal["gpus", "goodput"] = (
+        "gpus"  # the least for `workload.rate`, or the most of the GPUs at hand
+    )
+    prices: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of a GPU-hour, by product
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placement:
-    """The plan that was found. Rates in req/s; `goodput` is the whole placement's, `bound` is per GPU."""
+    """The plan that was found. Rates in req/s; `goodput` is the whole placement's, `bound` is per GPU. `rate` is
+    what it was made for: the workload's, or with the objective "goodput" its own goodput."""
 
-    algorithm: Literal["HighAffinity", "LowAffinity"]
+    algorithm: Literal["Joint", "HighAffinity", "LowAffinity"]
     affinity: Literal["High", "Low"]
     affinity_reason: str
     groups: tuple[Group, ...]
     gpus: int
+    rate: float
     link: Link  # the slowest that KV takes
+    paired: bool  # each prefill stands with its decode in one container
     goodput: float
     prediction: Prediction
     bottleneck: str

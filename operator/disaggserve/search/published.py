@@ -31,8 +31,10 @@ from disaggserve.search import packing, predicting
 from disaggserve.search.packing import Group, NoRoom
 from disaggserve.search.problem import Placement, Problem, Rejected, Shape
 from disaggserve.simulate import Promise
-from disaggserve.simulate.published import Ints, Simulator
+from disaggserve.simulate.published import Ints, Simulator, warm_up
 from disaggserve.workload import Lengths
+
+__all__ = ["place", "search", "warm_up"]
 
 REQUESTS = 300
 MOST_PER_GPU = 5.0  # req/s: the upper end of the bisection
@@ -208,7 +210,9 @@ def place(problem: Problem, profile: Profile, resolution: float = 0.25) -> Place
         affinity_reason=reason,
         groups=groups,
         gpus=best.gpus,
+        rate=rate,
         link=link,
+        paired=not high,
         goodput=rate,
         prediction=simulator.predict(
             (known.fits[prefill.tp], prefill.pp, known.tokens[prefill]),

@@ -27,20 +27,25 @@ class Refused:
 
 
 def shapes(
-    model: Model, gpu: GPU, engine: Engine, role: Role, nodes: Iterable[Node], lengths: Lengths
+    model: Model,
+    gpu: GPU,
+    engine: Engine,
+    role: Role,
+    nodes: Iterable[Node],
+    lengths: Lengths,
+    profile: latency.Profile | None = None,
 ) -> tuple[tuple[Shape, ...], tuple[Refused, ...]]:
     """Shapes of one role to simulate, and those refused, each in order of GPUs, then pp.
 
     tp divides heads and feed-forward, pp the layers, and an instance has at most the GPUs of the largest
-    node. Where the shipped profile covers the model on this GPU, only shapes that it measured (REFERENCE § 3):
-    its tp at pp 1. Its form can be stretched to any pp, but real decode at pp 2 ran 20 to 35 % slower than it
+    node. Where a profile covers the model on this GPU, only shapes that it measured (REFERENCE § 3): the shipped
+    one its tp at pp 1. Its form can be stretched to any pp, but real decode at pp 2 ran 20 to 35 % slower than it
     says (REFERENCE § 1). The longest request must fit the KV blocks beside the weights (its prompt, for prefill).
     """
     nodes = list(nodes)
     most = max((n.gpus_total for n in nodes), default=0)
     nvlink = max((n.gpus_total for n in nodes if n.nvlink), default=0)
-    profile = latency.shipped_profile()
-    measured = profile.shapes(model) if profile.covers(model, gpu) else None
+    profile = latency.profile_for(model, gpu, profile)
     total = lengths.input + (lengths.output if role == "decode" else 0)
     longest = int(total.max())
     tried: list[Shape] = []
@@ -56,11 +61,8 @@ def shapes(
             limit, reason = "Memory", _memory(model, gpu, shape, blocks, longest)
         elif engine_says := engines.refuse_shape(engine, role, *shape):
             limit, reason = "Engine", engine_says
-        elif measured is not None and (shape.tp not in measured or shape.pp > 1):
-            limit, reason = (
-                "Profile",
-                f"{profile.name} measured tp {', '.join(map(str, measured))} at pp 1 only",
-            )
+        elif profile is not None and shape not in profile.measured(model):
+            limit, reason = "Profile", f"{profile.name} did not measure it"
         elif shape.tp > 1 and shape.gpus > nvlink:
             limit, reason = (
                 "Nodes",

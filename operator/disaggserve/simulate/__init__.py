@@ -27,7 +27,7 @@ The rules (our engine's, REFERENCE § 4), which tests/oracle.py says once more i
 Left out: pipeline bubbles within a decode step, CPU time of the router, and failures.
 """
 
-from disaggserve.simulate.judging import Prediction, Promise, goodput, judge
+from disaggserve.simulate.judging import Parts, Prediction, Promise, goodput, joined, judge, kept, parts
 from disaggserve.simulate.serving import (
     BadDeployment,
     Deployment,
@@ -43,11 +43,15 @@ __all__ = [
     "BadDeployment",
     "Deployment",
     "Outcome",
+    "Parts",
     "Pool",
     "Prediction",
     "Promise",
     "goodput",
+    "joined",
     "judge",
+    "kept",
+    "parts",
     "run",
     "run_decode",
     "run_prefill",

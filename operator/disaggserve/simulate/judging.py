@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from disaggserve.simulate.serving import Outcome
+from disaggserve.simulate.serving import Deployment, Outcome
 from disaggserve.workload import Requests
 
 BATCHES = 20  # of consecutive requests, for the interval
@@ -43,31 +44,111 @@ class Prediction:
     requests: int
 
 
+T = TypeVar("T")
+
+
+class Parts(NamedTuple, Generic[T]):
+    """Where the time of a request goes, in order, seconds."""
+
+    queue: T
+    prefill: T
+    transfer: T
+    decode_wait: T
+    decode: T
+
+
+def kept(requests: Requests, outcome: Outcome, promise: Promise) -> npt.NDArray[np.bool_]:
+    """Which requests keep the promise: both TTFT and TPOT, (last − first) / (output − 1), at most the limit.
+
+    TPOT counts as 0 for one token. A request that never completed misses.
+    """
+    ttft_s = (outcome.first_ns - requests.arrival_ns) / 1e9
+    tpot_s = (outcome.last_ns - outcome.first_ns) / (1e9 * np.maximum(requests.output - 1, 1))
+    met: npt.NDArray[np.bool_] = (ttft_s <= promise.ttft_s) & (tpot_s <= promise.tpot_s)
+    return met & (outcome.last_ns >= 0)
+
+
+def parts(deployment: Deployment, requests: Requests, outcome: Outcome) -> Parts[npt.NDArray[np.float64]]:
+    """Where the time of each completed request went; the parts add up to last token − arrival.
+
+    The transfer is the request's own time on the link; waiting for the link, for memory at decode and for a
+    step boundary counts as waiting for decode. Where the first token comes from decode, the end of prefill is
+    not recorded: waiting for memory and link then counts as prefill.
+    """
+    done = outcome.last_ns >= 0
+    arrival = requests.arrival_ns[done] / 1e9
+    start, first, moved, begun, last = (t[done] / 1e9 for t in _times(outcome))
+    unmoved = outcome.transfer_end_ns[done] < 0  # it ended with its prefill
+    kv_s = requests.input[done] * (deployment.kv_bytes_per_token / deployment.link_bytes_s)
+    own = deployment.link_latency_s + kv_s
+    ended = np.where(unmoved | (first <= moved), first, moved - own)
+    # Decoded where it was prefilled, or moved while the prefill ran: no more than the time between.
+    transfer = np.where(unmoved, 0.0, np.minimum(own, moved - ended))
+    decoded_from = np.where(outcome.decode_start_ns[done] < 0, ended, np.maximum(begun, ended + transfer))
+    return Parts(
+        start - arrival, ended - start, transfer, decoded_from - ended - transfer, last - decoded_from
+    )
+
+
+def joined(
+    runs: Sequence[tuple[Requests, Outcome]], begin_s: float, end_s: float
+) -> tuple[Requests, Outcome]:
+    """The requests that arrive in [begin_s, end_s) of each run, one run after another on the first one's clock,
+    so that batches of consecutive requests are of one run, but for those at a seam.
+    """
+    width_ns = round((end_s - begin_s) * 1e9)
+    pieces: list[tuple[Requests, tuple[npt.NDArray[np.int64], ...]]] = []
+    for i, (requests, outcome) in enumerate(runs):
+        begin, end = np.searchsorted(requests.arrival_ns, [round(begin_s * 1e9), round(end_s * 1e9)])
+        cut, shift = slice(int(begin), int(end)), i * width_ns
+        some = requests.take(cut)
+        times = tuple(np.where(t[cut] < 0, -1, t[cut] + shift) for t in _times(outcome))
+        pieces.append((dataclasses.replace(some, arrival_ns=some.arrival_ns + shift), times))
+    cached = [r.cached for r, _ in pieces if r.cached is not None]
+    requests = Requests(
+        np.concatenate([r.arrival_ns for r, _ in pieces]),
+        np.concatenate([r.input for r, _ in pieces]),
+        np.concatenate([r.output for r, _ in pieces]),
+        np.concatenate(cached) if cached else None,
+    )
+    start, first, moved, begun, last = (
+        np.concatenate(column) for column in zip(*(t for _, t in pieces), strict=True)
+    )
+    return requests, Outcome(start, first, moved, begun, last, sum(o.events for _, o in runs))
+
+
+def _times(outcome: Outcome) -> tuple[npt.NDArray[np.int64], ...]:
+    return (
+        outcome.prefill_start_ns,
+        outcome.first_ns,
+        outcome.transfer_end_ns,
+        outcome.decode_start_ns,
+        outcome.last_ns,
+    )
+
+
 def judge(
     requests: Requests, outcome: Outcome, promise: Promise, warmup_s: float = 0.0, until_s: float = math.inf
 ) -> Prediction:
     """Judge the requests that arrive in [warmup_s, until_s).
 
-    A request keeps the promise if both its TTFT and its TPOT, (last − first) / (output − 1), are at most the
-    limit (TPOT counts as 0 for one token); one that never completed misses it. The interval is that of the
-    mean of 20 batches of consecutive requests, which holds for correlated misses where a plain binomial
-    interval is too narrow. With fewer than 40 requests, or no difference between batches, Wilson's interval
-    of independent requests is taken instead, as it is where it is the wider one. Without requests the
-    attainment is NaN: unknown, not zero.
+    Which of them keep it, `kept` says. The interval is that of the mean of 20 batches of consecutive requests,
+    which holds for correlated misses where a plain binomial interval is too narrow. With fewer than 40
+    requests, or no difference between batches, Wilson's interval of independent requests is taken instead, as
+    it is where it is the wider one. Without requests the attainment is NaN: unknown, not zero.
     """
     arrival = requests.arrival_ns
     begin = int(np.searchsorted(arrival, math.ceil(warmup_s * 1e9)))
     end = len(arrival) if math.isinf(until_s) else int(np.searchsorted(arrival, math.ceil(until_s * 1e9)))
     window = slice(begin, max(begin, end))
+    met = kept(requests, outcome, promise)[window]
     first, last = outcome.first_ns[window], outcome.last_ns[window]
     done = last >= 0
     ttft = (first - arrival[window])[done] / 1e9
     steps = (requests.output[window] - 1)[done]
     tpot = (last - first)[done] / (1e9 * np.maximum(steps, 1))
-    kept = np.zeros(len(done), dtype=np.bool_)
-    kept[done] = (ttft <= promise.ttft_s) & (tpot <= promise.tpot_s)
-    attainment, low, high = _interval(kept)
-    return Prediction(attainment, low, high, _percentiles(ttft), _percentiles(tpot[steps > 0]), len(kept))
+    attainment, low, high = _interval(met)
+    return Prediction(attainment, low, high, _percentiles(ttft), _percentiles(tpot[steps > 0]), len(met))
 
 
 def _interval(kept: npt.NDArray[np.bool_]) -> tuple[float, float, float]:

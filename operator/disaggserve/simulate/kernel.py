@@ -420,7 +420,9 @@ def _prefilled(w: World, r: int, i: int, ready: int, t: int, seen: int) -> bool:
     d = i
     if not w.sticky:
         d = _decode_instance(w, r, t, seen)
-        if d != i and insts[i, I_DECODES]:  # it may stay; so it never waits for a full one, which may wait for this
+        if (
+            d != i and insts[i, I_DECODES]
+        ):  # it may stay; so it never waits for a full one, which may wait for this
             need = _blocks(reqs[r, INPUT] + 1)
             if need > insts[d, I_SLACK]:
                 _cut(w, d, t, seen)
@@ -829,9 +831,7 @@ def serve(w: World, c: Costs, requests: Any, times: Any) -> int:
             coming += 1
             while coming < n and reqs[coming, STEPS] < 0:
                 coming += 1
-            schedule(
-                w.tree, w.when, source, (requests[0, coming] - origin) * TICKS if coming < n else NEVER
-            )
+            schedule(w.tree, w.when, source, (requests[0, coming] - origin) * TICKS if coming < n else NEVER)
             if prefills:
                 p = _prefill_instance(w, r)
                 w.queued[p] += reqs[r, INPUT]

@@ -47,11 +47,15 @@ class Deployment:
     first_token_from: Literal["prefill", "decode"] = "prefill"
     mixed: tuple[Pool, ...] = ()  # whose instances prefill and decode
     sticky: bool = False  # a request decodes where it was prefilled (colocated engines)
-    handoff: Literal["pull", "push"] = "pull"  # decode fetches after prefill | reserves before, prefill pushes
+    handoff: Literal["pull", "push"] = (
+        "pull"  # decode fetches after prefill | reserves before, prefill pushes
+    )
     overlap: bool = False  # KV moves layer by layer while the last stage of its prefill runs
     routers: int = 1
     view_age_s: float = 0.0  # routers see all loads as of the last multiple of it; 0: as they are
-    transfer: Literal["link", "inline"] = "link"  # beside decode's steps | between them: its loop stands still
+    transfer: Literal["link", "inline"] = (
+        "link"  # beside decode's steps | between them: its loop stands still
+    )
     pull_below: float = 0.05  # inline: the share of blocks that those pulled and not in a batch may hold
     swap_bytes_s: float | None = None  # the preempted are swapped out and in at this rate; None: recomputed
 
@@ -76,7 +80,9 @@ def run(deployment: Deployment, requests: Requests) -> Outcome:
     if not d.link_bytes_s > 0 or d.link_latency_s < 0 or d.kv_bytes_per_token < 0:
         raise BadDeployment("a link needs a bandwidth above 0, a latency and KV bytes of 0 or more")
     if d.mixed and (d.handoff == "push" or d.transfer == "inline"):
-        raise BadDeployment("handoff push and transfer inline are of prefill and decode instances, not of mixed ones")
+        raise BadDeployment(
+            "handoff push and transfer inline are of prefill and decode instances, not of mixed ones"
+        )
     if d.sticky and (d.prefill or d.decode):
         raise BadDeployment("sticky is for mixed instances alone, and this deployment has others")
     if d.handoff == "push" and d.transfer == "inline":
@@ -84,7 +90,9 @@ def run(deployment: Deployment, requests: Requests) -> Outcome:
     if d.transfer == "inline" and not 0 < d.pull_below <= 1:
         raise BadDeployment(f"pull_below is {d.pull_below}, not a share of blocks above 0 and up to 1")
     if d.routers < 1 or not 0 <= d.view_age_s < 1e6:
-        raise BadDeployment(f"{d.routers} routers with views {d.view_age_s} s old; at least 1, of 0 s or more")
+        raise BadDeployment(
+            f"{d.routers} routers with views {d.view_age_s} s old; at least 1, of 0 s or more"
+        )
     if d.swap_bytes_s is not None and not d.swap_bytes_s > 0:
         raise BadDeployment(f"swap_bytes_s is {d.swap_bytes_s}, not a bandwidth above 0")
     return _serve(d, requests, moves=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from disaggserve.api.errors import Infeasible
 from disaggserve.api.plan import Plan
 from disaggserve.api.spec import Spec
 from disaggserve.latency import Provenance
-from disaggserve.simulate import Deployment, Outcome, Pool, Prediction, Promise
+from disaggserve.simulate import Deployment, Outcome, Parts, Pool, Prediction, Promise
 from disaggserve.workload import Requests, Workload
 
 Tell = Callable[[str, int, int], None]  # what is being done, how many of it are done, of how many
@@ -83,23 +83,13 @@ class Curve:
     goodputs: tuple[float, ...]  # one for each of SCALES
 
 
-class Parts(NamedTuple):
-    """Where the time of a request goes, seconds, in order."""
-
-    queue: float
-    prefill: float
-    transfer: float
-    decode_wait: float
-    decode: float
-
-
 @dataclass(frozen=True)
 class Breakdown:
     """Mean parts of the requests around a percentile: of TTFT, up to the first token; of the whole time, to the last."""
 
     percentile: int
-    to_first: Parts
-    whole: Parts
+    to_first: Parts[float]
+    whole: Parts[float]
 
 
 @dataclass(frozen=True)
@@ -288,7 +278,7 @@ def _breakdown(deployment: Deployment, workload: Workload) -> tuple[Breakdown, .
     done = outcome.last_ns >= 0
     if not done.any():
         return ()
-    whole = parts(deployment, requests, outcome)[:, done]
+    whole = np.stack(simulate.parts(deployment, requests, outcome))
     ttft_s = ((outcome.first_ns - requests.arrival_ns) / 1e9)[done]
     ends = np.minimum(np.cumsum(whole, axis=0), ttft_s)
     to_first = np.diff(ends, axis=0, prepend=0.0)
@@ -308,36 +298,6 @@ def _around(values: npt.NDArray[np.float64], percentile: float) -> npt.NDArray[n
     low = int(len(order) * max(0.0, percentile - HALF_WIDTH) / 100)
     high = math.ceil(len(order) * min(100.0, percentile + HALF_WIDTH) / 100)
     return order[min(low, len(order) - 1) : max(high, low + 1)]
-
-
-def parts(deployment: Deployment, requests: Requests, outcome: Outcome) -> npt.NDArray[np.float64]:
-    """[5, n] seconds of each request: queue, prefill, transfer, wait for decode, decode.
-
-    The transfer is the request's own time on the link; waiting for the link, for memory at decode and for a step
-    boundary counts as waiting for decode. Where the first token comes from decode, the end of prefill is not
-    recorded: waiting for memory and link then counts as prefill. Rows of requests that never ended mean nothing.
-    """
-    arrival, moved = requests.arrival_ns, outcome.transfer_end_ns
-    here = moved < 0  # ended at prefill, or without a transfer
-    moving_s = np.where(
-        here,
-        0.0,
-        deployment.link_latency_s
-        + requests.input * (deployment.kv_bytes_per_token / deployment.link_bytes_s),
-    )
-    first = outcome.first_ns
-    ended_s = np.where(here | (first <= moved), first / 1e9, moved / 1e9 - moving_s)  # of prefill
-    begun_s = np.where(here, ended_s, outcome.decode_start_ns / 1e9)
-    start_s = outcome.prefill_start_ns / 1e9
-    return np.stack(
-        [
-            start_s - arrival / 1e9,
-            ended_s - start_s,
-            moving_s,
-            np.maximum(begun_s - ended_s - moving_s, 0.0),
-            outcome.last_ns / 1e9 - begun_s,
-        ]
-    )
 
 
 # ---- other rates, other promises

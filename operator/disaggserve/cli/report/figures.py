@@ -16,7 +16,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from disaggserve.cli.report.curves import SCALES, Breakdown, Parts, Report, front
+from disaggserve.cli.report.curves import SCALES, Breakdown, Report, front
+from disaggserve.simulate import Parts
 
 # Stand-ins in the drawing for the CSS variables of page.html.
 _VARIABLES = {
@@ -171,7 +172,7 @@ def breakdown(report: Report, label: str) -> str:
         return svg(figure, "breakdown", label)
 
 
-def _stack(axes: Any, rows: list[Breakdown], table: list[Parts], unit: float) -> None:
+def _stack(axes: Any, rows: list[Breakdown], table: list[Parts[float]], unit: float) -> None:
     left = [0.0] * len(rows)
     for k in range(len(PARTS)):
         widths = [row[k] * unit for row in table]

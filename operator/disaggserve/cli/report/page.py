@@ -11,11 +11,12 @@ from disaggserve.api.model import seconds
 from disaggserve.api.plan import Plan, RolePlan
 from disaggserve.api.spec import Spec
 from disaggserve.cli.report import figures
-from disaggserve.cli.report.curves import PARTS_MEANING, SCALES, Parts, Report
+from disaggserve.cli.report.curves import PARTS_MEANING, SCALES, Report
 from disaggserve.cli.show import duration
 from disaggserve.hardware import Inventory
 from disaggserve.latency import Provenance
 from disaggserve.plan import Draft
+from disaggserve.simulate import Parts
 
 # How far each source of step times can be off, where somebody has measured it (REFERENCE § 1, § 11).
 _MARGINS = {
@@ -288,7 +289,7 @@ def _figure(name: str, title: str, drawing: str, caption: str, table: str) -> st
     )
 
 
-def _milliseconds(parts: Parts) -> tuple[str, ...]:
+def _milliseconds(parts: Parts[float]) -> tuple[str, ...]:
     return tuple(f"{v * 1000:.1f}" for v in parts)
 
 

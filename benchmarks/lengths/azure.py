@@ -1,6 +1,6 @@
 """Makes the two length tables of the Azure LLM inference traces 2023 that ship with disaggserve.
 
-    python -m benchmarks.azure_lengths TRACE_CONV.csv
+    python benchmarks/lengths/azure.py AzureLLMInferenceTrace_conv.csv
 
 `azure_conv_1000.csv` from AzureLLMInferenceTrace_conv.csv (Azure/AzurePublicDataset, CC-BY 4.0): requests in
 order of input are cut into 40 equal parts, each part in order of output into 25; a row is the means of one of
@@ -24,7 +24,7 @@ import numpy as np
 
 from disaggserve.workload import read_trace
 
-OUT = Path(__file__).parents[1] / "operator" / "disaggserve" / "data" / "lengths"
+OUT = Path(__file__).parents[2] / "operator" / "disaggserve" / "data" / "lengths"
 ROWS = 1000
 
 

@@ -1,0 +1,171 @@
+"""What is sent: a trace from a file, or requests drawn from lengths at a rate; and what became of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from disaggserve import simulate, workload
+from disaggserve.api.errors import InvalidInput
+from disaggserve.api.plan import digest
+from disaggserve.cli.subject import Subject, limit
+from disaggserve.simulate import Outcome, Prediction
+from disaggserve.workload import Requests, Workload
+
+WARMUP_S = 60.0
+COOLDOWN_S = 15.0  # of requests after the judged ones, which would else decode on an emptying instance
+ENOUGH = 300  # requests of one run, for a goodput
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What the options say: a trace, or lengths with a rate."""
+
+    trace: Path | None = None
+    cache_blocks: int | None = None
+    lengths: str | None = None
+    rate: float | None = None
+    duration_s: float = 600.0
+    cv: float = 1.0
+    seeds: tuple[int, ...] = (0,)
+
+
+def given(
+    trace: Path | None,
+    cache_blocks: int | None,
+    lengths: str | None,
+    rate: float | None,
+    duration: str,
+    cv: float,
+    seeds: Sequence[int] | None,
+) -> Given:
+    return Given(trace, cache_blocks, lengths, rate, limit("duration", duration), cv, tuple(seeds or (0,)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traffic:
+    """Requests that fit one context length. `runs` go to the simulator one by one; judged is [begin_s, end_s) of each."""
+
+    runs: tuple[Requests, ...]
+    begin_s: float
+    end_s: float
+    rate: float | None  # req/s; None: a trace of one moment has none
+    drawn: Workload | None  # what the runs were drawn from; None: the one run is a trace
+    left_out: int
+    inputs: dict[str, Any]  # for digests
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Judged:
+    """The judged requests of all runs on one clock, and what became of them."""
+
+    requests: Requests
+    outcome: Outcome
+    prediction: Prediction
+    digest: str
+
+
+def load(given: Given, context_length: int) -> Traffic:
+    """Raises `WorkloadError`, or a usage error where options are missing or do not go together."""
+    if (given.trace is None) == (given.lengths is None):
+        raise typer.BadParameter("give a trace, or lengths with a rate", param_hint="--trace / --lengths")
+    if given.trace is not None:
+        if given.rate is not None:
+            raise typer.BadParameter("a trace has its own; leave it out", param_hint="--rate")
+        return of(*trace(given.trace, given.cache_blocks, context_length))
+    if given.rate is None:
+        raise typer.BadParameter("is missing: lengths say nothing of when requests come", param_hint="--rate")
+    assert given.lengths is not None
+    table = (
+        workload.preset(given.lengths)
+        if given.lengths in workload.PRESETS
+        else workload.read_lengths(given.lengths)
+    )
+    traffic = Workload(given.rate, given.cv, table.scaled(1.0, context_length), "options")
+    end_s = WARMUP_S + given.duration_s
+    seeds = tuple(dict.fromkeys(given.seeds))
+    runs = tuple(traffic.requests(end_s + COOLDOWN_S, seed) for seed in seeds)
+    lengths = [traffic.lengths.input.tolist(), traffic.lengths.output.tolist()]
+    inputs = {
+        "lengths": digest(lengths),
+        "rate": given.rate,
+        "cv": given.cv,
+        "duration": given.duration_s,
+        "seeds": seeds,
+    }
+    return Traffic(runs, WARMUP_S, end_s, given.rate, traffic, 0, inputs)
+
+
+def trace(path: Path, cache_blocks: int | None, context_length: int) -> tuple[Requests, int]:
+    """The requests of a file that fit the context, and how many were left out, which is said on stderr."""
+    read = workload.read_trace(path, context_length=context_length, cache_blocks=cache_blocks)
+    requests, left_out = read.within(context_length)
+    if not len(requests):
+        raise InvalidInput(
+            f"{path}: every one of its {left_out} requests is longer than the context of {context_length} tokens"
+        )
+    if left_out:
+        print(
+            f"{path}: {left_out} of {len(read)} requests ({left_out / len(read):.1%}) are left out: prompt and "
+            f"answer exceed the context of {context_length} tokens",
+            file=sys.stderr,
+        )
+    return requests, left_out
+
+
+def of(requests: Requests, left_out: int) -> Traffic:
+    """A trace as traffic: all of it judged, from its first request on."""
+    columns = (requests.arrival_ns, requests.input, requests.output, requests.cached)
+    hashed = [None if c is None else hashlib.sha256(c.astype("<i8").tobytes()).hexdigest() for c in columns]
+    begin_s, end_s = float(requests.arrival_ns[0]) / 1e9, float(requests.arrival_ns[-1]) / 1e9
+    rate = workload.trace_rate(requests) if end_s > begin_s else None
+    inputs = {"trace": hashed, "leftOut": left_out}
+    return Traffic((requests,), begin_s, end_s + 1e-6, rate, None, left_out, inputs)
+
+
+def send(subject: Subject, traffic: Traffic) -> Judged:
+    """The traffic on one subject, all runs judged together."""
+    runs = [(r, simulate.run(subject.deployment, r)) for r in traffic.runs]
+    requests, outcome = simulate.joined(runs, traffic.begin_s, traffic.end_s)
+    kept = simulate.kept(requests, outcome, subject.promise)
+    p = subject.promise
+    return Judged(
+        requests,
+        outcome,
+        simulate.judge(requests, outcome, p),
+        digest(
+            {
+                "deployment": subject.inputs,
+                "promise": [p.ttft_s, p.tpot_s, p.attainment],
+                "traffic": traffic.inputs,
+                "kept": hashlib.sha256(kept.tobytes()).hexdigest(),
+            }
+        ),
+    )
+
+
+def goodput(subject: Subject, traffic: Traffic, seeds: Sequence[int]) -> float:
+    """Highest rate at which the subject keeps its promise, req/s, for the same traffic come faster or slower.
+
+    Raises `BadTrace` for a trace without a rate.
+    """
+    drawn = traffic.drawn or workload.from_trace(traffic.runs[0], "trace")
+    duration_s = traffic.end_s - traffic.begin_s
+
+    def attain(rate: float) -> float:
+        # At a low rate it takes longer to see enough of them.
+        end_s = WARMUP_S + max(duration_s, min(ENOUGH / rate, 3600.0))
+        at = dataclasses.replace(drawn, rate=rate)
+        runs = [
+            (r, simulate.run(subject.deployment, r))
+            for r in (at.requests(end_s + COOLDOWN_S, s) for s in seeds)
+        ]
+        return simulate.judge(*simulate.joined(runs, WARMUP_S, end_s), subject.promise).attainment
+
+    return simulate.goodput(attain, subject.promise.attainment, start=drawn.rate)
