@@ -7,18 +7,20 @@
 * DeepSpeed-MII: colocated, prompts split and fused with decode steps up to 768 tokens (DeepSpeed's default
   `max_ragged_batch_size`). There is no fit of MII: DistServe's stand in, so only its scheduling differs here.
 * Algorithm 1, Algorithm 2, joint: what our own searches place on 4 nodes of 8 GPUs, on our own engine.
+* Mixed: instances that prefill in chunks and decode, with two sizes of chunk, DistServe's fits.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import disaggserve
 from benchmarks.paper.facts import GPU, NODE_GPUS, NODES, Application
-from benchmarks.paper.measure import System
+from benchmarks.paper.measure import System, steady
 from disaggserve import catalogue, engines, latency, search
 from disaggserve.api.errors import Infeasible
 from disaggserve.catalogue import Model
@@ -36,6 +38,14 @@ VLLM_FACTORS = {"×1.2": (1.2, 1.2), "×1.4 (shipped)": (1.4, 1.2), "raw": (1.0,
 VLLM_FACTOR = "×1.2"
 VLLM_TOKENS = 65_536  # of prompts in a step, as the paper's scripts start it
 MII_TOKENS = 768
+MIXED_CHUNKS = (
+    (512, 128),
+    (1024, 128),
+    (2048, 128),
+    (1024, 256),
+    (2048, 256),
+    (2048, 512),
+)  # tokens of a step
 PULL_BYTES_S, SWAP_BYTES_S = 25e9, 20e9
 ENGINE_TOKENS, ENGINE_REQUESTS = 8192, 128
 VLLM_TPS = (1, 2, 4, 8)
@@ -186,6 +196,34 @@ def joint(app: Application) -> System | None:
         return None
 
 
+def mixed(app: Application) -> System | None:
+    """Mixed pools: every instance prefills in chunks and decodes, some with large chunks and some with small ones, and a
+    request may decode elsewhere than it was prefilled (as TaiChi does). The best of all splits and chunks tried, by
+    steady goodput per GPU on seeds of its own."""
+    model = catalogue.model(app.model)
+    table = lengths(app)
+    measured = latency.shipped_profile().shapes(model) if app.fitted else VLLM_TPS
+    best: tuple[float, System] | None = None
+    for tp in (t for t in measured if _fits(model, t)):
+        times = latency.step_times(model, A100, tp, 1)
+        blocks = catalogue.kv_blocks(model, A100, tp, 1)
+        count = max(2, NODE_GPUS // tp)
+        for heavy, (large, small) in itertools.product(range(1, count), MIXED_CHUNKS):
+            pools = tuple(
+                Pool(n, times, blocks, c, "chunked") for n, c in ((heavy, large), (count - heavy, small))
+            )
+            link = catalogue.pod_link(A100, True, A100, True)
+            deployment = Deployment(
+                (), (), model.kv_bytes_per_token(), link.bytes_per_s, link.latency_s, mixed=pools
+            )
+            words = f"{heavy}×{_shape(tp, 1)} chunk {large}, {count - heavy}×{_shape(tp, 1)} chunk {small}"
+            system = System("mixed", words, count * tp, deployment, times.provenance.describe())
+            goodput = steady(system, table, app.promise, near=app.distserve, seeds=(0, 1), resolution=0.03)
+            if best is None or goodput > best[0]:
+                best = goodput, system
+    return best[1] if best and best[0] else None
+
+
 def _placed(name: str, placement: search.Placement, problem: search.Problem) -> System:
     deployment = search.deployment(
         problem.model, problem.engine, problem.inventory, placement.groups, placement.link
@@ -210,6 +248,7 @@ def systems(app: Application) -> Iterator[System]:
         low(app),
         high(app),
         joint(app),
+        mixed(app),
     ]
     yield from (s for s in found if s is not None)
 
