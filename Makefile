@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.txt)
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup controlplane demo test e2e bench lint format crds clean
+.PHONY: help setup controlplane kernels demo test e2e bench lint format crds clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z0-9]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do printf '  make %-14s %s\n' "$$t" "$$d"; done
@@ -37,13 +37,17 @@ endif
 controlplane: $(READY) ## build etcd, Kubernetes, Helm and Prometheus into the user's cache (minutes, once)
 	@$(BIN)/python -m e2e.controlplane build
 
-demo: controlplane ## the whole path on simulated GPUs (KEEP=1 leaves it up)
+kernels: $(READY)
+	@echo "kernels: compiling the simulator into the user's cache (a minute, once for each change of it)"
+	@$(BIN)/disaggserve warm-up >/dev/null
+
+demo: controlplane kernels ## the whole path on simulated GPUs (KEEP=1 leaves it up)
 	@$(BIN)/python -m e2e.demo $(if $(KEEP),--keep)
 
-test: controlplane lint ## lint and all tests but the long ones
+test: controlplane kernels lint ## lint and all tests but the long ones
 	@$(BIN)/python -m pytest -m "not e2e" -q
 
-e2e: controlplane ## everything, the long tests too
+e2e: controlplane kernels ## everything, the long tests too
 	@$(BIN)/python -m pytest -q
 
 bench: $(READY) ## the benchmarks; each prints ratios and how they were measured

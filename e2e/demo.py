@@ -299,7 +299,7 @@ def run(keep: bool) -> int:
             "[dim]its windows are short for a demonstration: interval 5 s, window 20 s, minDwell 60 s (defaults 30 s, 10 min, 10 min)[/]"
         )
         stack.apply(EXAMPLE)
-        say("the operator reads the nodes and plans (the first time, its simulator is compiled)")
+        say("the operator reads the nodes and plans")
         said = ""
 
         def standing(resource: dict[str, Any]) -> bool:

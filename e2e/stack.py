@@ -119,14 +119,16 @@ class Stack:
         prometheus = Prometheus(self.folder / "prometheus", self.binaries, config, port=port)
         self.prometheus = self._open.enter_context(prometheus)
         if self._operator:
-            say("installing the chart")
+            say(
+                "installing the chart; the operator is ready when its simulator is compiled (the first time) and loaded"
+            )
             self.install()
 
     def install(self, *more: str) -> None:
-        """Installs or upgrades the chart, and waits until the operator leads."""
+        """Installs or upgrades the chart, and waits until a search would begin at once: the first time, for a compiler."""
         self.plane.helm(
             *("upgrade", "--install", "disaggserve", str(ROOT / "charts/disaggserve")),
-            *("--namespace", NAMESPACE, "--create-namespace", "--wait", "--timeout", "90s"),
+            *("--namespace", NAMESPACE, "--create-namespace", "--wait", "--timeout", "240s"),
             *("--set", f"prometheus.url={self.prometheus.url}", *more),
         )
 

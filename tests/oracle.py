@@ -445,9 +445,11 @@ class Oracle:
         lane.batch.append(r)
 
     def gather(self, t: int, lane: Lane) -> None:
-        for r in lane.joining:
-            self.enter(t, r, lane)
-        lane.joining = []
+        while lane.joining:
+            # An engine that pulls in its loop counts the blocks of who joins twice: as it waits and as it runs.
+            if self.inline and lane.batch and blocks(lane.joining[0].tokens) > lane.instance.free:
+                break
+            self.enter(t, lane.joining.pop(0), lane)
 
     def come_back(self, t: int, lane: Lane) -> None:
         i = lane.instance

@@ -31,6 +31,20 @@ def test_lint_and_wrong_values(cluster: ControlPlane) -> None:
             cluster.helm("template", "x", CHART, "--set", wrong)
 
 
+def test_a_pod_monitor_selects_whatever_has_metrics(cluster: ControlPlane) -> None:
+    args = ("template", "x", CHART, "-n", "system", "--set", "prometheus.podMonitor=true")
+    rendered = [d for d in yaml.safe_load_all(cluster.helm(*args)) if d]
+    monitor = next(d for d in rendered if d["kind"] == "PodMonitor")["spec"]
+    template = next(d for d in rendered if d["kind"] == "Deployment")["spec"]["template"]
+    assert monitor["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    ports = [p["name"] for p in template["spec"]["containers"][0]["ports"]]
+    assert [e["port"] in ports for e in monitor["podMetricsEndpoints"]] == [True]
+    assert monitor["namespaceSelector"] == {"any": True}
+    named = cluster.helm(*args, "--set", "watchNamespaces={chat}")
+    monitor = next(d for d in yaml.safe_load_all(named) if d and d["kind"] == "PodMonitor")
+    assert monitor["spec"]["namespaceSelector"] == {"matchNames": ["chat", "system"]}
+
+
 def test_installs_upgrades_and_keeps_the_crd(cluster: ControlPlane) -> None:
     args = ("disaggserve", CHART, "-n", "system", "--create-namespace")
     cluster.helm("install", *args)

@@ -112,7 +112,7 @@ def same(outcome: simulate.Outcome, deployment: simulate.Deployment, requests: R
 
 
 @given(deployments(), traffic())
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_the_kernel_is_the_oracle(deployment: simulate.Deployment, requests: Requests) -> None:
     same(simulate.run(deployment, requests), deployment, requests)
     # Every process compiles or loads one kernel, not one for each kind of array it is given.

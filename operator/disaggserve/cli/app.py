@@ -81,7 +81,9 @@ def plan(
     ] = False,
     resolution: Annotated[
         float | None,
-        typer.Option(help="With --as-published: where its bisection ends, req/s per GPU.", show_default="0.25"),
+        typer.Option(
+            help="With --as-published: where its bisection ends, req/s per GPU.", show_default="0.25"
+        ),
     ] = None,
     output: Annotated[
         Output, typer.Option("-o", "--output", help="table, json (shape of status.plan) or yaml.")
@@ -251,16 +253,17 @@ def crd() -> None:
 @app.command("warm-up", hidden=True)
 def warm_up(
     into: Annotated[
-        Path, typer.Option("--into", help="Folder for DISAGGSERVE_KERNELS to name when the image runs.")
-    ],
+        Path | None, typer.Option("--into", help="Folder for DISAGGSERVE_KERNELS to name when an image runs.")
+    ] = None,
 ) -> None:
-    """Compiles the simulator ahead, when an image is built: no process of it waits for a compiler."""
+    """Compiles the simulator into the user's cache, or ahead for an image: no process of it waits for a compiler."""
     from disaggserve import simulate
-    from disaggserve.simulate import cache
+    from disaggserve.simulate import cache, published
 
     simulate.warm_up()
+    published.warm_up()
     try:
-        print(cache.keep(into))
+        print(cache.keep(into) if into else cache.prepare())
     except OSError as error:
         raise InvalidInput(f"{into}: cannot be written ({error}); name a folder that can be") from None
 

@@ -38,6 +38,10 @@ class Replacing:
 def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path | None = None) -> None:
     if replacing.resolution is not None and not replacing.as_published:
         raise InvalidInput("--resolution belongs to --as-published; add that or leave it out")
+    if replacing.as_published and page is not None:
+        raise InvalidInput(
+            "--report draws with our own simulator, --as-published does not use it; give one of them"
+        )
     spec = replaced(one(file).spec, replacing)
     expected = traffic(spec, replacing)
     options = plan.Options(
@@ -45,7 +49,7 @@ def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path |
         objective="goodput" if replacing.rate == "max" else "gpus",
         any_engine=replacing.engine == "any",
         as_published=replacing.as_published,
-        resolution=replacing.resolution or plan.Options.resolution,
+        resolution=plan.Options.resolution if replacing.resolution is None else replacing.resolution,
     )
     facts = read_facts(nodes)
     with show.busy("searching"):

@@ -78,8 +78,8 @@ Table = npt.NDArray[np.int64]
 
 
 class World(NamedTuple):
-    """All state, and the rules of the deployment. int64 tables; always of the same types: every new combination
-    would be compiled anew."""
+    """The state of requests and instances, and the rules of the deployment. int64 tables; always of the same
+    types: every new combination would be compiled anew."""
 
     reqs: Any  # [n, REQUEST_COLUMNS]
     insts: Any  # [instances, INSTANCE_COLUMNS]
@@ -87,12 +87,6 @@ class World(NamedTuple):
     heaps: Any  # [lanes, …] what is in the batch, by the step after which it ends
     tree: Any
     when: Any  # by source
-    queued: Any  # [may prefill] prompt tokens queued or being computed
-    pace: Any  # [may prefill] ns a token, [] = all alike
-    loads: Any  # [may decode] scratch
-    views: Any  # [1 + routers, may prefill + may decode]: the snapshot, and what each router added since
-    sight: Any  # [may prefill] scratch
-    view_ticks: int  # age of the view; 0: exact
     ticks_per_token: float  # of a transfer
     latency_ticks: float  # negative: KV needs no transfer
     swap_ticks: float  # per token; negative: the preempted are recomputed
@@ -101,6 +95,17 @@ class World(NamedTuple):
     pushes: bool
     inline: bool
     overlap: bool
+
+
+class Routing(NamedTuple):
+    """What the routers know, int64."""
+
+    queued: Any  # [may prefill] prompt tokens queued or being computed
+    loads: Any  # [may decode] scratch
+    pace: Any  # [may prefill] ns a token, [] = all alike
+    views: Any  # [1 + routers, may prefill + may decode]: the snapshot, and what each router added since
+    sight: Any  # [may prefill] scratch
+    age: int  # of the view, ticks; 0: exact
 
 
 class Costs(NamedTuple):
@@ -124,19 +129,14 @@ def _blocks(tokens: int) -> int:
 
 
 @inlined
-def _held(w: World, i: int, r: int) -> int:
+def _held(insts: Any, reqs: Any, i: int, r: int) -> int:
     """Blocks that a prompt holds where it is prefilled; where it may decode, its first step's too."""
-    return _blocks(w.reqs[r, INPUT] + (1 if w.insts[i, I_DECODES] and w.reqs[r, STEPS] > 0 else 0))
+    return _blocks(reqs[r, INPUT] + (1 if insts[i, I_DECODES] and reqs[r, STEPS] > 0 else 0))
 
 
 @inlined
-def _source(w: World, k: int) -> int:
-    return _TRANSFERS + len(w.insts) + k
-
-
-@inlined
-def _lane_at(w: World, k: int, t: int) -> None:
-    schedule(w.tree, w.when, _source(w, k), t)
+def _source(insts: Any, k: int) -> int:
+    return _TRANSFERS + len(insts) + k
 
 
 # -------------------------------------------------------------------------------------------------- step times
@@ -233,16 +233,17 @@ def _cut(w: World, i: int, t: int, seen: int) -> None:
     if steps < lanes[k, L_K]:
         w.insts[i, I_SLACK] += _growth(lanes, k, lanes[k, L_K]) - _growth(lanes, k, steps)
         lanes[k, L_K] = steps
-        _lane_at(w, k, lanes[k, L_T0] + _span(lanes, k, steps))
+        schedule(w.tree, w.when, _source(w.insts, k), lanes[k, L_T0] + _span(lanes, k, steps))
 
 
-@inlined
+@compiled
 def _wake(w: World, i: int, t: int, seen: int) -> None:
     """There may be new work: an idle lane begins when the first stage is free; else the plan is cut."""
-    first = w.insts[i, I_LANE]
-    for k in range(first, first + w.insts[i, I_PP]):
-        if w.when[_source(w, k)] == NEVER:
-            _lane_at(w, k, max(t, w.lanes[first, L_STAGE_FREE]))
+    insts, when = w.insts, w.when
+    first = insts[i, I_LANE]
+    for k in range(first, first + insts[i, I_PP]):
+        if when[_source(insts, k)] == NEVER:
+            schedule(w.tree, when, _source(insts, k), max(t, w.lanes[first, L_STAGE_FREE]))
             return
     _cut(w, i, t, seen)
 
@@ -250,15 +251,16 @@ def _wake(w: World, i: int, t: int, seen: int) -> None:
 @compiled
 def _join(w: World, r: int, i: int, t: int, seen: int) -> None:
     """Deal a request to the lane with the fewest; it joins when that lane's next step begins."""
-    first = w.insts[i, I_LANE]
+    insts, lanes, when = w.insts, w.lanes, w.when
+    first = insts[i, I_LANE]
     k = first
-    for other in range(first + 1, first + w.insts[i, I_PP]):
-        if w.lanes[other, L_COUNT] < w.lanes[k, L_COUNT]:
+    for other in range(first + 1, first + insts[i, I_PP]):
+        if lanes[other, L_COUNT] < lanes[k, L_COUNT]:
             k = other
-    w.lanes[k, L_COUNT] += 1
-    append(w.reqs, w.lanes, k, L_JHEAD, r)
-    if w.when[_source(w, k)] == NEVER:
-        _lane_at(w, k, max(t, w.lanes[first, L_STAGE_FREE]))
+    lanes[k, L_COUNT] += 1
+    append(w.reqs, lanes, k, L_JHEAD, r)
+    if when[_source(insts, k)] == NEVER:
+        schedule(w.tree, when, _source(insts, k), max(t, lanes[first, L_STAGE_FREE]))
     else:
         _cut(w, i, t, seen)
 
@@ -266,7 +268,7 @@ def _join(w: World, r: int, i: int, t: int, seen: int) -> None:
 # --------------------------------------------------------------------------------------------- between instances
 
 
-@inlined
+@compiled
 def _queue_prompt(w: World, r: int, t: int, seen: int) -> None:
     p = w.reqs[r, PREFILLER]
     first = w.insts[p, I_QHEAD] < 0
@@ -318,7 +320,7 @@ def _admit(w: World, i: int, t: int, seen: int) -> None:
             _transfer(w, r, i, t)
 
 
-@inlined
+@compiled
 def _release(w: World, i: int, blocks: int, t: int, seen: int) -> None:
     """Blocks of instance i are free again."""
     insts = w.insts
@@ -330,62 +332,66 @@ def _release(w: World, i: int, blocks: int, t: int, seen: int) -> None:
 
 
 @inlined
-def _measure(w: World, t: int, seen: int) -> None:
-    """KV tokens of each instance that may decode, as they are now, in `loads`."""
-    lanes = w.lanes
-    first = len(w.insts) - len(w.loads)
-    for j in range(len(w.loads)):
+def _measure(w: World, loads: Any, t: int, seen: int) -> None:
+    """KV tokens of each instance that may decode, as they are now."""
+    lanes, insts = w.lanes, w.insts
+    first = len(insts) - len(loads)
+    for j in range(len(loads)):
         i = first + j
-        tokens = w.insts[i, I_OUTSIDE]
-        for k in range(w.insts[i, I_LANE], w.insts[i, I_LANE] + w.insts[i, I_PP]):
+        tokens = insts[i, I_OUTSIDE]
+        for k in range(insts[i, I_LANE], insts[i, I_LANE] + insts[i, I_PP]):
             tokens += lanes[k, L_C]
             if lanes[k, L_K] > 1:
                 tokens += lanes[k, L_B] * (_steps_until(lanes, k, t + 1 if k <= seen else t) - 1)
-        w.loads[j] = tokens
+        loads[j] = tokens
 
 
 @compiled
-def _decode_instance(w: World, r: int, t: int, seen: int) -> Any:
+def _decode_instance(w: World, n: Routing, r: int, t: int, seen: int) -> Any:
     """The instance that is to decode a request: the one with the fewest KV tokens, as its router sees them."""
-    first = len(w.insts) - len(w.loads)
-    if len(w.loads) == 1:
+    loads, views = n.loads, n.views
+    first = len(w.insts) - len(loads)
+    if len(loads) == 1:
         return first
-    if w.view_ticks == 0:
-        _measure(w, t, seen)
-    else:
-        router = 1 + r % (len(w.views) - 1)
-        for j in range(len(w.loads)):
-            w.loads[j] = w.views[0, len(w.queued) + j] + w.views[router, len(w.queued) + j]
-    j = _choose_decode(w.loads)
-    if w.view_ticks > 0:
-        w.views[1 + r % (len(w.views) - 1), len(w.queued) + j] += w.reqs[r, INPUT] + 1
+    if n.age == 0:
+        _measure(w, loads, t, seen)
+        return first + _choose_decode(loads)
+    router, prefills = 1 + r % (len(views) - 1), len(n.queued)
+    for j in range(len(loads)):
+        loads[j] = views[0, prefills + j] + views[router, prefills + j]
+    j = _choose_decode(loads)
+    views[router, prefills + j] += w.reqs[r, INPUT] + 1
     return first + j
 
 
-@inlined
-def _prefill_instance(w: World, r: int) -> Any:
+@compiled
+def _prefill_instance(n: Routing, r: int, tokens: int) -> Any:
     """The instance that is to prefill a request: the one with the shortest queue, as its router sees it."""
-    if w.view_ticks == 0:
-        return _choose_prefill(w.queued, w.pace)
-    router = 1 + r % (len(w.views) - 1)
-    for p in range(len(w.queued)):
-        w.sight[p] = w.views[0, p] + w.views[router, p]
-    p = _choose_prefill(w.sight, w.pace)
-    w.views[router, p] += w.reqs[r, INPUT]
+    queued, sight, views = n.queued, n.sight, n.views
+    if n.age == 0:
+        p = _choose_prefill(queued, n.pace)
+    else:
+        router = 1 + r % (len(views) - 1)
+        for p in range(len(queued)):
+            sight[p] = views[0, p] + views[router, p]
+        p = _choose_prefill(sight, n.pace)
+        views[router, p] += tokens
+    queued[p] += tokens
     return p
 
 
-@inlined
-def _look(w: World, t: int) -> None:
+@compiled
+def _look(w: World, n: Routing, t: int) -> None:
     """The routers' common snapshot of all loads, at an instant before anything else happens at it."""
-    _measure(w, t, -1)
-    for p in range(len(w.queued)):
-        w.views[0, p] = w.queued[p]
-    for j in range(len(w.loads)):
-        w.views[0, len(w.queued) + j] = w.loads[j]
-    for router in range(1, len(w.views)):
-        for x in range(w.views.shape[1]):
-            w.views[router, x] = 0
+    queued, loads, views = n.queued, n.loads, n.views
+    _measure(w, loads, t, -1)
+    for p in range(len(queued)):
+        views[0, p] = queued[p]
+    for j in range(len(loads)):
+        views[0, len(queued) + j] = loads[j]
+    for router in range(1, len(views)):
+        for x in range(views.shape[1]):
+            views[router, x] = 0
 
 
 @compiled
@@ -401,16 +407,16 @@ def _wait_for_decode(w: World, r: int, d: int, t: int, seen: int) -> None:
 
 
 @compiled
-def _prefilled(w: World, r: int, i: int, ready: int, t: int, seen: int) -> bool:
+def _prefilled(w: World, n: Routing, r: int, i: int, ready: int, t: int, seen: int) -> bool:
     """The last of a prompt is computed. Whether that freed blocks of instance i."""
     reqs, insts = w.reqs, w.insts
-    w.queued[i] -= reqs[r, INPUT]
+    n.queued[i] -= reqs[r, INPUT]
     last = reqs[r, STEPS] == 0
     if last or not w.first_from_decode:
         reqs[r, FIRST] = t
     if last:
         reqs[r, LAST] = t
-        insts[i, I_SLACK] += _held(w, i, r)
+        insts[i, I_SLACK] += _held(insts, reqs, i, r)
         return True
     if w.overlap:
         reqs[r, READY] = ready
@@ -419,10 +425,8 @@ def _prefilled(w: World, r: int, i: int, ready: int, t: int, seen: int) -> bool:
         return False
     d = i
     if not w.sticky:
-        d = _decode_instance(w, r, t, seen)
-        if (
-            d != i and insts[i, I_DECODES]
-        ):  # it may stay; so it never waits for a full one, which may wait for this
+        d = _decode_instance(w, n, r, t, seen)
+        if d != i and insts[i, I_DECODES]:  # it may stay; so it never waits for a full one, which may wait for this
             need = _blocks(reqs[r, INPUT] + 1)
             if need > insts[d, I_SLACK]:
                 _cut(w, d, t, seen)
@@ -442,7 +446,7 @@ def _prefilled(w: World, r: int, i: int, ready: int, t: int, seen: int) -> bool:
 
 
 @inlined
-def _end(w: World, k: int, i: int, t: int, seen: int) -> None:
+def _end(w: World, n: Routing, k: int, i: int, t: int, seen: int) -> None:
     """A lane's plan has run to its end: requests end, prompts are done, what was pulled is there."""
     reqs, lanes, insts = w.reqs, w.lanes, w.insts
     now = lanes[k, L_N] + lanes[k, L_K]
@@ -471,7 +475,7 @@ def _end(w: World, k: int, i: int, t: int, seen: int) -> None:
     lanes[k, L_ENDING] = -1
     while r >= 0:
         after = reqs[r, NXT]
-        if _prefilled(w, r, i, lanes[k, L_LAST_STAGE], t, seen):
+        if _prefilled(w, n, r, i, lanes[k, L_LAST_STAGE], t, seen):
             freed = True
         r = after
     r = lanes[k, L_PULL]
@@ -481,7 +485,7 @@ def _end(w: World, k: int, i: int, t: int, seen: int) -> None:
         insts[i, I_PULLED] += _blocks(reqs[r, INPUT])
         lanes[k, L_COUNT] += 1
         append(reqs, lanes, k, L_JHEAD, r)
-        _release(w, reqs[r, PREFILLER], _held(w, reqs[r, PREFILLER], r), t, seen)
+        _release(w, reqs[r, PREFILLER], _held(insts, reqs, reqs[r, PREFILLER], r), t, seen)
     if freed and not w.inline and (insts[i, I_BHEAD] >= 0 or insts[i, I_WHEAD] >= 0):
         _admit(w, i, t, seen)
 
@@ -525,16 +529,20 @@ def _enter(w: World, r: int, k: int, t: int) -> int:
 
 @compiled
 def _gather(w: World, k: int, i: int, t: int) -> int:
-    """All who are to join the lane do; returns the ticks that they owe."""
+    """All who are to join the lane do; returns the ticks that they owe. (An engine that pulls in its loop counts
+    the blocks of who joins twice, as it waits and as it runs: both must fit.)"""
+    reqs, lanes, insts = w.reqs, w.lanes, w.insts
     owed = 0
-    r = w.lanes[k, L_JHEAD]
+    r = lanes[k, L_JHEAD]
     while r >= 0:
-        after = w.reqs[r, NXT]
         if w.inline:
-            w.insts[i, I_PULLED] -= _blocks(w.reqs[r, INPUT])
+            if _blocks(reqs[r, INPUT] + 1) > insts[i, I_SLACK] and lanes[k, L_B] > 0:
+                break
+            insts[i, I_PULLED] -= _blocks(reqs[r, INPUT])
+        after = reqs[r, NXT]
         owed += _enter(w, r, k, t)
         r = after
-    w.lanes[k, L_JHEAD] = -1
+    lanes[k, L_JHEAD] = r
     return owed
 
 
@@ -621,7 +629,7 @@ def _take(w: World, k: int, i: int, t: int, budget: int) -> tuple[int, int]:
         elif count > 0 and total + chunk > budget:
             break
         if reqs[r, START] < 0:
-            held = _held(w, i, r)
+            held = _held(insts, reqs, i, r)
             if held > insts[i, I_SLACK]:
                 break
             if insts[i, I_DECODES] and (insts[i, I_BHEAD] >= 0 or insts[i, I_WHEAD] >= 0):
@@ -645,15 +653,15 @@ def _take(w: World, k: int, i: int, t: int, budget: int) -> tuple[int, int]:
 
 
 @inlined
-def _begin(w: World, c: Costs, k: int, i: int, t: int, seen: int) -> None:
-    """The lane's next step: who joins, grows, is preempted; prompts; how long it lasts and how often."""
+def _begin(w: World, c: Costs, k: int, i: int, t: int, seen: int) -> Any:
+    """The lane's next step: who joins, grows, is preempted; prompts; how long it lasts and how often. Returns
+    when the lane is to be looked at again."""
     reqs, lanes, insts = w.reqs, w.lanes, w.insts
     first, pp = insts[i, I_LANE], insts[i, I_PP]
     if pp > 1 and lanes[first, L_STAGE_FREE] > t:
         work = lanes[k, L_B] > 0 or lanes[k, L_JHEAD] >= 0 or insts[i, I_QHEAD] >= 0
         work = work or (w.inline and (insts[i, I_WHEAD] >= 0 or insts[i, I_BHEAD] >= 0))
-        _lane_at(w, k, lanes[first, L_STAGE_FREE] if work else NEVER)
-        return
+        return lanes[first, L_STAGE_FREE] if work else NEVER
     if _pulls(w, i):
         r = insts[i, I_WHEAD]
         insts[i, I_WHEAD] = reqs[r, NXT]
@@ -662,8 +670,7 @@ def _begin(w: World, c: Costs, k: int, i: int, t: int, seen: int) -> None:
         lanes[k, L_RUNNING] = 1
         end = t + _move_ticks(w, reqs[r, INPUT])
         lanes[first, L_STAGE_FREE] = end
-        _lane_at(w, k, end)
-        return
+        return end
 
     extra = 0
     if not w.inline:
@@ -679,8 +686,7 @@ def _begin(w: World, c: Costs, k: int, i: int, t: int, seen: int) -> None:
         if insts[i, I_QHEAD] >= 0 and insts[i, I_CHUNKED]:
             total, squares = _take(w, k, i, t, insts[i, I_TOKENS] - size)
     if total == 0 and size == 0:
-        _lane_at(w, k, NEVER)
-        return
+        return NEVER
 
     now = lanes[k, L_N]
     if extra > 0:  # is paid with this step
@@ -739,9 +745,9 @@ def _begin(w: World, c: Costs, k: int, i: int, t: int, seen: int) -> None:
         insts[i, I_SLACK] -= grown
         end = t + _span(lanes, k, steps)
     lanes[k, L_K] = steps
-    _lane_at(w, k, end)
     if pp > 1 and total > 0 and insts[i, I_QHEAD] >= 0:
         _wake(w, i, t, seen)
+    return end
 
 
 # ----------------------------------------------------------------------------------------------------- everything
@@ -766,7 +772,7 @@ def lay_out(insts: Table, heap_size: int) -> tuple[Table, ...]:
 
 
 @cached
-def serve(w: World, c: Costs, requests: Any, times: Any) -> int:
+def serve(w: World, n: Routing, c: Costs, requests: Any, times: Any) -> int:
     """Serve the requests; fills in `times`; returns the number of events.
 
     requests int64 [4, n]: arrival ns, not falling; prompt tokens; decode steps, -1 = fits nowhere; prompt tokens
@@ -776,16 +782,16 @@ def serve(w: World, c: Costs, requests: Any, times: Any) -> int:
     With no instance that may prefill requests arrive at the decode side. With none that may decode every request
     ends at its prefill's end.
     """
-    reqs, insts = w.reqs, w.insts
-    n, prefills = len(reqs), len(w.queued)
+    reqs, insts, lanes, tree, when = w.reqs, w.insts, w.lanes, w.tree, w.when
+    count, prefills = len(reqs), len(n.queued)
     lane_source = _TRANSFERS + len(insts)
-    width = len(w.when)
+    width = len(when)
     for i in range(width):
-        w.tree[width + i] = i
+        tree[width + i] = i
     for i in range(width - 1, 0, -1):
-        w.tree[i] = w.tree[2 * i]
-    origin = requests[0, 0] if n else 0
-    for r in range(n):
+        tree[i] = tree[2 * i]
+    origin = requests[0, 0] if count else 0
+    for r in range(count):
         for column in range(REQUEST_COLUMNS):
             reqs[r, column] = -1
         reqs[r, INPUT] = requests[1, r]
@@ -795,18 +801,18 @@ def serve(w: World, c: Costs, requests: Any, times: Any) -> int:
         reqs[r, OWED] = 0
         reqs[r, READY] = NEVER
     coming = 0
-    while coming < n and reqs[coming, STEPS] < 0:
+    while coming < count and reqs[coming, STEPS] < 0:
         coming += 1
-    if coming < n:
-        schedule(w.tree, w.when, _ARRIVALS, (requests[0, coming] - origin) * TICKS)
-        if w.view_ticks > 0:
-            schedule(w.tree, w.when, _VIEW, w.view_ticks)
+    if coming < count:
+        schedule(tree, when, _ARRIVALS, (requests[0, coming] - origin) * TICKS)
+        if n.age > 0:
+            schedule(tree, when, _VIEW, n.age)
 
     events = 0
     seen, seen_at = -1, -1
     while True:
-        source = w.tree[1]
-        t = w.when[source]
+        source = tree[1]
+        t = when[source]
         if t == NEVER:
             break
         events += 1
@@ -814,32 +820,33 @@ def serve(w: World, c: Costs, requests: Any, times: Any) -> int:
             k = source - lane_source
             seen = max(seen, k) if seen_at == t else k
             seen_at = t
-            i = w.lanes[k, L_INSTANCE]
-            if w.lanes[k, L_RUNNING]:
-                w.lanes[k, L_RUNNING] = 0
-                _end(w, k, i, t, seen)
-            _begin(w, c, k, i, t, seen)
+            i = lanes[k, L_INSTANCE]
+            if lanes[k, L_RUNNING]:
+                lanes[k, L_RUNNING] = 0
+                _end(w, n, k, i, t, seen)
+            schedule(tree, when, source, _begin(w, c, k, i, t, seen))
         elif source >= _TRANSFERS:
             i = source - _TRANSFERS
             r = insts[i, I_THEAD]
             insts[i, I_THEAD] = reqs[r, NXT]
-            schedule(w.tree, w.when, source, reqs[reqs[r, NXT], MOVED] if reqs[r, NXT] >= 0 else NEVER)
-            _release(w, reqs[r, PREFILLER], _held(w, reqs[r, PREFILLER], r), t, -1)
+            schedule(tree, when, source, reqs[reqs[r, NXT], MOVED] if reqs[r, NXT] >= 0 else NEVER)
+            _release(w, reqs[r, PREFILLER], _held(insts, reqs, reqs[r, PREFILLER], r), t, -1)
             _join(w, r, i, t, -1)
         elif source == _ARRIVALS:
             r = coming
             coming += 1
-            while coming < n and reqs[coming, STEPS] < 0:
+            while coming < count and reqs[coming, STEPS] < 0:
                 coming += 1
-            schedule(w.tree, w.when, source, (requests[0, coming] - origin) * TICKS if coming < n else NEVER)
+            schedule(
+                tree, when, source, (requests[0, coming] - origin) * TICKS if coming < count else NEVER
+            )
             if prefills:
-                p = _prefill_instance(w, r)
-                w.queued[p] += reqs[r, INPUT]
+                p = _prefill_instance(n, r, reqs[r, INPUT])
                 reqs[r, PREFILLER] = p
             else:
                 reqs[r, FIRST] = t
             if reqs[r, STEPS] > 0 and (w.pushes or not prefills):
-                d = _decode_instance(w, r, t, -1)
+                d = _decode_instance(w, n, r, t, -1)
                 reqs[r, DECODER] = d
                 insts[d, I_OUTSIDE] += reqs[r, INPUT] + 1
                 _wait_for_decode(w, r, d, t, -1)
@@ -848,12 +855,12 @@ def serve(w: World, c: Costs, requests: Any, times: Any) -> int:
             else:
                 reqs[r, LAST] = t
         else:
-            _look(w, t)
-            schedule(w.tree, w.when, source, NEVER)
-            if w.when[w.tree[1]] < NEVER:
-                schedule(w.tree, w.when, source, t + w.view_ticks)
+            _look(w, n, t)
+            schedule(tree, when, source, NEVER)
+            if when[tree[1]] < NEVER:
+                schedule(tree, when, source, t + n.age)
 
-    for r in range(n):
+    for r in range(count):
         for row, column in enumerate((START, FIRST, MOVED, BEGUN, LAST)):
             ticks = reqs[r, column]
             times[row, r] = -1 if ticks < 0 else ticks // TICKS + origin

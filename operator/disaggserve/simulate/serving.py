@@ -174,12 +174,6 @@ def _serve(d: Deployment, requests: Requests, *, moves: bool) -> Outcome:
         heaps,
         tree,
         when,
-        np.zeros(may_prefill, dtype=np.int64),
-        _paces(prefills) if d.mixed else np.zeros(0, dtype=np.int64),
-        np.zeros(may_decode, dtype=np.int64),
-        np.zeros((1 + d.routers, may_prefill + may_decode), dtype=np.int64),
-        np.zeros(may_prefill, dtype=np.int64),
-        round(d.view_age_s * 1e9 * kernel.TICKS),
         float(d.kv_bytes_per_token / d.link_bytes_s * 1e9 * kernel.TICKS),
         float(d.link_latency_s * 1e9 * kernel.TICKS) if moves else -1.0,
         -1.0 if d.swap_bytes_s is None else float(token_ticks / d.swap_bytes_s),
@@ -189,8 +183,16 @@ def _serve(d: Deployment, requests: Requests, *, moves: bool) -> Outcome:
         d.transfer == "inline",
         bool(d.overlap),
     )
+    routing = kernel.Routing(
+        np.zeros(may_prefill, dtype=np.int64),
+        np.zeros(may_decode, dtype=np.int64),
+        _paces(prefills) if d.mixed else np.zeros(0, dtype=np.int64),
+        np.zeros((1 + d.routers, may_prefill + may_decode), dtype=np.int64),
+        np.zeros(may_prefill, dtype=np.int64),
+        round(d.view_age_s * 1e9 * kernel.TICKS),
+    )
     times = np.empty((5, n), dtype=np.int64)
-    events: int = kernel.serve(world, _costs(tuple(p.times for p in pools)), rows, times)
+    events: int = kernel.serve(world, routing, _costs(tuple(p.times for p in pools)), rows, times)
     start, first, moved, begun, last = times
     return Outcome(start, first, moved, begun, last, events)
 
