@@ -58,7 +58,8 @@ def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path |
     else:
         show.dump(draft.plan.model_dump(mode="json", exclude_none=True), output)
     if page is not None:
-        report.write(page, spec, facts, draft, expected or plan.expected(spec))
+        traffic_planned = replace(expected or plan.expected(spec), rate=draft.plan.rate)
+        report.write(page, report.Asked(spec, facts, traffic_planned, options), draft)
 
 
 def read_facts(path: Path) -> plan.Facts:
