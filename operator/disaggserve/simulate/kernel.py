@@ -155,10 +155,13 @@ def _prefill_ns(c: Costs, table: int, total: int) -> float:
 
 
 @compiled
-def _prompt_ticks(c: Costs, table: int, total: int, squares: int, batch: int, fixed: int) -> Any:
-    """Ticks that prompts add to a decode step of `batch` requests, whose GEMMs alone take `fixed`."""
-    if batch == 0:
-        return max(1, int(np.rint((_prefill_ns(c, table, total) + c.quad[table] * squares) * 1024.0)))
+def _prefill_ticks(c: Costs, table: int, total: int, squares: int) -> Any:
+    return max(1, int(np.rint((_prefill_ns(c, table, total) + c.quad[table] * squares) * 1024.0)))
+
+
+@compiled
+def _chunk_ticks(c: Costs, table: int, total: int, squares: int, batch: int, fixed: int) -> Any:
+    """Ticks that chunks add to a decode step of `batch` requests, whose matrix products alone take `fixed`."""
     linear = int(np.rint(_prefill_ns(c, table, total + batch) * 1024.0))
     return max(0, linear - fixed) + int(np.rint(c.quad[table] * squares * 1024.0))
 
@@ -285,7 +288,7 @@ def _transfer(w: World, r: int, i: int, t: int) -> None:
     begin = min(t, w.reqs[r, READY])
     end = max(begin, w.insts[i, I_LINK]) + _move_ticks(w, w.reqs[r, INPUT])
     if w.overlap:
-        end = max(end, t + _move_ticks(w, min(16, w.reqs[r, INPUT])))
+        end = max(end, t + _move_ticks(w, min(w.reqs[r, INPUT], 16)))
     w.insts[i, I_LINK] = end
     w.reqs[r, MOVED] = end
     if w.insts[i, I_THEAD] < 0:
@@ -390,10 +393,10 @@ def _prefill_instance(n: Routing, r: int, tokens: int) -> Any:
 
 
 @compiled
-def _look(w: World, n: Routing, t: int) -> None:
+def _look(w: World, n: Routing, t: int, seen: int) -> None:
     """The routers' common snapshot of all loads, at an instant before anything else happens at it."""
     queued, loads, views = n.queued, n.loads, n.views
-    _measure(w, loads, t, -1)
+    _measure(w, loads, t, seen)
     for p in range(len(queued)):
         views[0, p] = queued[p]
     for j in range(len(loads)):
@@ -597,7 +600,7 @@ def _grow(w: World, c: Costs, k: int, i: int) -> int:
             extra += reqs[r, OWED]
             append(reqs, insts, i, I_BHEAD, r)
         else:
-            reqs[r, OWED] = _prompt_ticks(c, insts[i, I_TABLE], tokens, tokens * tokens, 0, 0)
+            reqs[r, OWED] = _prefill_ticks(c, insts[i, I_TABLE], tokens, tokens * tokens)
             prepend(reqs, insts, i, I_BHEAD, r)
     insts[i, I_SLACK] -= needed
     return extra
@@ -716,8 +719,10 @@ def _begin(w: World, c: Costs, k: int, i: int, t: int, seen: int) -> Any:
             fixed = c.base[table, last] + (c.base[table, last] - c.base[table, last - 1]) * (size - last)
             slope = c.ctx[table, last]
         lanes[k, L_FRESH] = 0
-    if total > 0:
-        extra += _prompt_ticks(c, table, total, squares, size, fixed)
+    if total > 0 and size > 0:
+        extra += _chunk_ticks(c, table, total, squares, size, fixed)
+    elif total > 0:
+        extra += _prefill_ticks(c, table, total, squares)
     one = extra + fixed + slope * lanes[k, L_C]
     end = t + one
     lanes[k, L_RUNNING] = 1
@@ -820,17 +825,19 @@ def serve(w: World, n: Routing, c: Costs, requests: Any, times: Any) -> int:
             schedule(tree, when, _VIEW, n.age)
 
     events = 0
-    seen, seen_at = -1, -1
+    none = np.int64(-1)  # a literal is a type of its own: all that gets it would be compiled twice
+    seen, seen_at = none, none
     while True:
         source = tree[1]
         t = when[source]
         if t == NEVER:
             break
         events += 1
+        if seen_at != t:
+            seen, seen_at = none, t
         if source >= lane_source:
             k = source - lane_source
-            seen = max(seen, k) if seen_at == t else k
-            seen_at = t
+            seen = max(seen, k)
             i = lanes[k, L_INSTANCE]
             if lanes[k, L_RUNNING]:
                 lanes[k, L_RUNNING] = 0
@@ -841,8 +848,8 @@ def serve(w: World, n: Routing, c: Costs, requests: Any, times: Any) -> int:
             r = insts[i, I_THEAD]
             insts[i, I_THEAD] = reqs[r, NXT]
             schedule(tree, when, source, reqs[reqs[r, NXT], MOVED] if reqs[r, NXT] >= 0 else NEVER)
-            _release(w, reqs[r, PREFILLER], _held(insts, reqs, reqs[r, PREFILLER], r), t, -1)
-            _join(w, r, i, t, -1)
+            _release(w, reqs[r, PREFILLER], _held(insts, reqs, reqs[r, PREFILLER], r), t, seen)
+            _join(w, r, i, t, seen)
         elif source == _ARRIVALS:
             r = coming
             coming += 1
@@ -855,16 +862,16 @@ def serve(w: World, n: Routing, c: Costs, requests: Any, times: Any) -> int:
             else:
                 reqs[r, FIRST] = t
             if reqs[r, STEPS] > 0 and (w.pushes or not prefills):
-                d = _decode_instance(w, n, r, t, -1)
+                d = _decode_instance(w, n, r, t, seen)
                 reqs[r, DECODER] = d
                 insts[d, I_OUTSIDE] += reqs[r, INPUT] + 1
-                _wait_for_decode(w, r, d, t, -1)
+                _wait_for_decode(w, r, d, t, seen)
             elif prefills:
-                _queue_prompt(w, r, t, -1)
+                _queue_prompt(w, r, t, seen)
             else:
                 reqs[r, LAST] = t
         else:
-            _look(w, n, t)
+            _look(w, n, t, seen)
             schedule(tree, when, source, NEVER)
             if when[tree[1]] < NEVER:
                 schedule(tree, when, source, t + n.age)
