@@ -230,7 +230,7 @@ def test_without_rdma_the_better_of_pools_and_pairs_is_taken() -> None:
     assert any("over tcp" in reason and what == "prefill and decode apart" for what, reason in found.rejected)
     # Where the promise leaves time for it, KV goes over TCP, and queues stay pooled.
     slow = simulate.Promise(2.0, 0.3, 0.9)
-    p = problem(5, slow, nodes(gpu=H100, rdma=False), model="meta-llama/Llama-3.1-8B")
+    p = problem(2, slow, nodes(gpu=H100, rdma=False), model="meta-llama/Llama-3.1-8B")
     found = search.place(p)
     assert (found.paired, found.link.name) == (False, "tcp")
     inside = search.place(dataclasses.replace(p, affinity="Low"))

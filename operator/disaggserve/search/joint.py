@@ -122,7 +122,7 @@ class Joint:
                     f"hardware.prices has none of the nodes' products: {'; '.join(r.reason for r in self.rejected)}",
                 )
         self.products = products
-        drawn: dict[tuple[float, float, int], Requests] = {}
+        drawn: dict[tuple[float, int, int], Requests] = {}
         self.goodputs = {gpu: Goodputs(problem, gpu, drawn) for gpu, _ in products}
         self.refused: list[shapes.Refused] = []
         self.shapes = self._shapes()
@@ -276,7 +276,8 @@ class Joint:
             target = self.problem.promise.attainment
             best = sorted((-hope, split) for hope, split in hopeful if hope >= target - HOPE)
             if best:
-                yield level, [split for _, split in best[:SCREENED]]
+                few = SCREENED if self.problem.workload.rate <= predicting.MANY_S else FINALISTS
+                yield level, [split for _, split in best[:few]]
 
     def _pairs_of(self, ground: Ground) -> list[tuple[Shape, Shape]]:
         """Pairs of shapes that the engine takes and that keep the promise without load, the transfer in it."""
@@ -345,10 +346,9 @@ class Joint:
             kept = self._kept(plan, rate, predicting.SEARCH_SEEDS[:1], SCREEN).both
             screened.append((kept, plan))
         screened.sort(key=lambda s: (-s[0], s[1].split))
+        last = FINALISTS if rate <= predicting.MANY_S else FINALISTS // 2
         finalists = [
-            (self._kept(plan, rate).both, plan)
-            for kept, plan in screened[:FINALISTS]
-            if kept >= target - HOPE
+            (self._kept(plan, rate).both, plan) for kept, plan in screened[:last] if kept >= target - HOPE
         ]
         finalists.sort(key=lambda f: (f[0] < target, f[1].changed, -f[0], f[1].split))
         said: list[Rejected] = []
@@ -396,18 +396,18 @@ class Joint:
             if share >= target - HOPE / 4:
                 share = self._kept(plan, problem.workload.rate).both
             if share < target:
-                self.rejected.append(Rejected(str(one), f"{share:.1%} keep the promise on {cost.gpus} GPUs"))
-                continue
-            prediction = self._predict(plan, problem.workload.rate)
-            if prediction.attainment < target:
                 self.rejected.append(
-                    Rejected(str(one), f"attains {prediction.attainment:.1%} on fresh seeds")
+                    Rejected(str(one), f"{share:.1%} keep the promise on {_gpus(cost.gpus)}")
                 )
-            elif reason := engines.refuse_mixed(problem.engine, len(one.parts)):
-                self.rejected.insert(0, Rejected(str(one), f"{reason}; it would take {cost.gpus} GPUs"))
+                continue
+            if reason := engines.refuse_mixed(problem.engine, len(one.parts)):
+                words = f"{reason}; it would take {_gpus(cost.gpus)}"
+                self.rejected.insert(0, Rejected(str(one), words))
                 return None
-            else:
+            prediction = self._predict(plan, problem.workload.rate)
+            if prediction.attainment >= target:
                 return self._placement(plan, prediction, [])
+            self.rejected.append(Rejected(str(one), f"attains {prediction.attainment:.1%} on fresh seeds"))
         return None
 
     def _mixed_cost(self, gpu: GPU, gpus: int) -> Cost:
@@ -811,3 +811,7 @@ class Joint:
         )
         with_room = self._kept(dataclasses.replace(plan, deployment=more), rate).both
         return 1 - with_room <= 0.5 * (1 - kept.both)
+
+
+def _gpus(n: int) -> str:
+    return f"{n} GPU" if n == 1 else f"{n} GPUs"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from disaggserve.catalogue import GPU, Link
 from disaggserve.engines import Role
 from disaggserve.search import predicting
-from disaggserve.search.goodputs import SCREEN, Goodputs
+from disaggserve.search.goodputs import PART, SCREEN, Goodputs
 from disaggserve.search.packing import Group
 from disaggserve.search.problem import Problem, Shape
 from disaggserve.simulate import Deployment
@@ -72,8 +72,11 @@ def fewest(
     rate, target = problem.workload.rate, problem.promise.attainment
 
     def kept(mixed: Mixed) -> float:
-        plan = deployment(problem, mixed, link)
-        return goodputs.kept(plan, rate, predicting.SEARCH_SEEDS[:1], SCREEN).both
+        # Of many, a part with its share of the rate tells for all.
+        k = max(1, mixed.count // PART)
+        part = dataclasses.replace(mixed, parts=tuple((-(-n // k), chunk) for n, chunk in mixed.parts))
+        share = rate * part.count / mixed.count
+        return goodputs.kept(deployment(problem, part, link), share, predicting.SEARCH_SEEDS[:1], SCREEN).both
 
     found: list[tuple[Mixed, float]] = []
     for shape in shapes:
