@@ -33,7 +33,8 @@ Steps
 Memory
 * A prompt's blocks, all of them, are taken with its first chunk (on a mixed instance with the block of its first
   decode step), and no prompt begins there while somebody waits for decode.
-* Decode admits the head of its waiting list when ceil((input + 1) / 16) blocks are free, and reserves them. The
+* Decode admits the head of its waiting list when ceil((input + 1) / 16) blocks are free beside 1 % of all its
+  blocks (or all are free), and reserves them. The
   transfer takes the link, one at a time per decode instance, for bytes/bandwidth + latency; the prompt's blocks
   at prefill are held until it ends (back-pressure). The request then goes to the lane with the fewest requests.
 * Where a step finds too few free blocks for growing contexts, the last of that lane's batch is preempted, and again

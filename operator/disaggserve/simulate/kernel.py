@@ -56,11 +56,13 @@ REQUEST_COLUMNS = 16
 (
     I_LANE, I_PP, I_TABLE, I_PREFILLS, I_DECODES, I_CHUNKED, I_TOKENS, I_REQUESTS, I_SLACK, I_MARK, I_PULLED,
     I_LINK, I_OUTSIDE, I_QHEAD, I_QTAIL, I_WHEAD, I_WTAIL, I_BHEAD, I_BTAIL, I_THEAD, I_TTAIL,
-) = range(21)  # fmt: skip
-INSTANCE_COLUMNS = 21
+    I_BLOCKS, I_RESERVE,
+) = range(23)  # fmt: skip
+INSTANCE_COLUMNS = 23
 I_CHAINS = (I_QHEAD, I_WHEAD, I_BHEAD, I_THEAD)
 # MARK, PULLED: inline pulls go on while those pulled and not in a batch hold fewer blocks than MARK. OUTSIDE:
-# KV tokens of what is assigned here for decode and in no lane's batch.
+# KV tokens of what is assigned here for decode and in no lane's batch. RESERVE, of all its BLOCKS: stay free when
+# decode admits, unless all are.
 
 # One row per lane. The plan: from T0, after EXTRA ticks for prompts, recomputes and swaps, K decode steps of
 # E + Q·i (i = 0 … K−1) ticks; the first STEPS of them take SPAN. C = Σ (context + 1) of its N-th step, B
@@ -294,6 +296,13 @@ def _transfer(w: World, r: int, i: int, t: int) -> None:
     append(w.reqs, w.insts, i, I_THEAD, r)
 
 
+@inlined
+def _room(w: World, i: int) -> Any:
+    """Blocks that decode may take for a request."""
+    slack = w.insts[i, I_SLACK]
+    return slack if slack == w.insts[i, I_BLOCKS] else slack - w.insts[i, I_RESERVE]
+
+
 @compiled
 def _admit(w: World, i: int, t: int, seen: int) -> None:
     """Admit for decode while the first one's blocks are free: the preempted, then who waits, in order."""
@@ -305,10 +314,10 @@ def _admit(w: World, i: int, t: int, seen: int) -> None:
         if r < 0:
             return
         need = _blocks(reqs[r, INPUT] + reqs[r, DONE] + 1)
-        if need > insts[i, I_SLACK] and not tight:
+        if need > _room(w, i) and not tight:
             _cut(w, i, t, seen)
             tight = True
-        if need > insts[i, I_SLACK]:
+        if need > _room(w, i):
             return
         insts[i, I_SLACK] -= need
         insts[i, chain] = reqs[r, NXT]
@@ -433,9 +442,9 @@ def _prefilled(w: World, n: Routing, r: int, i: int, ready: int, t: int, seen: i
             d != i and insts[i, I_DECODES]
         ):  # it may stay; so it never waits for a full one, which may wait for this
             need = _blocks(reqs[r, INPUT] + 1)
-            if need > insts[d, I_SLACK]:
+            if need > _room(w, d):
                 _cut(w, d, t, seen)
-            if need > insts[d, I_SLACK] or insts[d, I_WHEAD] >= 0 or insts[d, I_BHEAD] >= 0:
+            if need > _room(w, d) or insts[d, I_WHEAD] >= 0 or insts[d, I_BHEAD] >= 0:
                 d = i
     insts[d, I_OUTSIDE] += reqs[r, INPUT] + 1
     if d == i:
