@@ -253,9 +253,10 @@ def warm_up(
 ) -> None:
     """Compiles the simulator into the user's cache, or ahead for an image: no process of it waits for a compiler."""
     from disaggserve import simulate
-    from disaggserve.simulate import cache
+    from disaggserve.simulate import cache, published
 
     simulate.warm_up()
+    published.warm_up()
     try:
         print(cache.keep(into) if into else cache.prepare())
     except OSError as error:

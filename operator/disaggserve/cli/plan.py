@@ -37,6 +37,10 @@ class Replacing:
 def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path | None = None) -> None:
     if replacing.resolution is not None and not replacing.as_published:
         raise InvalidInput("--resolution belongs to --as-published; add that or leave it out")
+    if replacing.as_published and page is not None:
+        raise InvalidInput(
+            "--report draws with our own simulator, --as-published does not use it; give one of them"
+        )
     spec = replaced(one(file).spec, replacing)
     expected = traffic(spec, replacing)
     options = plan.Options(
@@ -44,7 +48,7 @@ def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path |
         objective="goodput" if replacing.rate == "max" else "gpus",
         any_engine=replacing.engine == "any",
         as_published=replacing.as_published,
-        resolution=replacing.resolution or plan.Options.resolution,
+        resolution=plan.Options.resolution if replacing.resolution is None else replacing.resolution,
     )
     facts = read_facts(nodes)
     with show.busy("searching"):
@@ -54,7 +58,8 @@ def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path |
     else:
         show.dump(draft.plan.model_dump(mode="json", exclude_none=True), output)
     if page is not None:
-        report.write(page, spec, facts, draft, expected or plan.expected(spec))
+        traffic_planned = replace(expected or plan.expected(spec), rate=draft.plan.rate)
+        report.write(page, report.Asked(spec, facts, traffic_planned, options), draft)
 
 
 def read_facts(path: Path) -> plan.Facts:
