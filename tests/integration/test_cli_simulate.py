@@ -251,6 +251,13 @@ def test_every_kind_of_instance_is_simulated(shape: str, gpus: int) -> None:
     assert moved == (not shape.startswith("colocated"))
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_how_an_engine_hands_over_does_not_matter_where_nothing_is(engine: str) -> None:
+    shape = ("--shape", "colocated=2xtp1:vllm", *TARGET, *SHORT)
+    found, own = answer("simulate", *shape, "--engine", engine), answer("simulate", *shape)
+    assert (found["engine"], found["ttft"], found["tpot"]) == (engine, own["ttft"], own["tpot"])
+
+
 def test_vllm_lets_decode_wait_for_prompts_and_chunks_do_not() -> None:
     flood = ("--lengths", "longbench", "--rate", 2, "--duration", "120s")
     whole, cut = (
