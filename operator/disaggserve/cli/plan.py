@@ -7,9 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from disaggserve import latency, plan, workload
+from disaggserve import engines, latency, plan, workload
 from disaggserve.api.errors import InvalidInput
 from disaggserve.api.spec import Spec
 from disaggserve.cli import report, show
@@ -27,6 +25,7 @@ class Replacing:
     algorithm: str | None = None
     profile: Path | None = None
     trace: Path | None = None
+    cache_blocks: int | None = None
     lengths: Path | None = None
     rate: str | None = None
     max_gpus: int | None = None
@@ -110,15 +109,23 @@ def traffic(spec: Spec, replacing: Replacing) -> Workload | None:
     context = plan.context_length(spec)
     if replacing.lengths:
         table = workload.read_lengths(replacing.lengths)
-        fits = table.input.astype(np.int64) + table.output <= context
-        said = _left_out(replacing.lengths, len(table) - int(fits.sum()), len(table), context)
-        lengths = replace(table, input=table.input[fits], output=table.output[fits])
+        lengths, out = table.within(context)
+        said = _left_out(replacing.lengths, out, len(table), context)
         return Workload(spec.workload.rate, 1.0, lengths, f"{replacing.lengths.name}{said}")
     if replacing.trace is None:
         return None
-    whole = workload.read_trace(replacing.trace, context_length=context)
+    engine = engines.engine(spec.engine.type)
+    whole = workload.read_trace(
+        replacing.trace,
+        context_length=context,
+        cache_blocks=replacing.cache_blocks if engine.prefix_cache else 0,
+    )
+    if not engine.prefix_cache:
+        whole = replace(whole, cached=None)
     requests, out = whole.within(context)
     said = _left_out(replacing.trace, out, len(whole), context)
+    if share := requests.cached_share():
+        said += f"; {share:.0%} of the prompt tokens found in a prefix cache"
     found = workload.from_trace(requests, f"{replacing.trace.name}, its own arrivals{said}")
     rate = _rate(replacing.rate)
     return replace(found, rate=rate) if rate else found
