@@ -34,9 +34,7 @@ class Result:
     by_rate: Curves
     by_scale: Curves
     ablation: Mapping[str, tuple[float, str]]
-    by_factor: Mapping[
-        str, float
-    ]  # vLLM's goodput per GPU, as the paper ran it, by the factor on its raw fits
+    by_factor: Mapping[str, Vllm]  # on its raw fits
 
 
 def render(
