@@ -111,9 +111,8 @@ def _why_own(app: Application, g: Goodput) -> str:
     off = g.as_run / app.distserve - 1
     if not app.fitted:
         return (
-            f"{off:+.0%}, and no bound is claimed: no fit of OPT-175B is public, so its step times are a roofline, which knows "
-            "neither tp 3 (heads and columns that divide badly, no all-reduce measured at 3) nor the idle stages of a decode on "
-            "pp 3, which for OPT-13B on pp 2 ran 20 to 35 % slower than the form of the fits says."
+            f"{off:+.0%}, and no bound is claimed: no fit of OPT-175B is public, so its step times are a roofline with efficiency "
+            "curves, for which neither matrices cut in three nor sums over three GPUs were measured (prefill is tp 3)."
         )
     within = "within" if abs(off) <= CLOSE else "**outside**"
     holds = "inside" if g.low <= app.distserve <= g.high else "outside"
