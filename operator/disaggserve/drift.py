@@ -142,7 +142,13 @@ def judge(spec: Spec, commit: Commit, traffic: Traffic, history: History, facts:
     windows = traffic.windows[:needed]
     if not all(w.tells for w in windows):
         return hold(f"fewer than {MIN_REQUESTS} requests in a window")
-    predictions = [plan.predict(commit.plan, w.workload(spec)) for w in windows]
+    hour = traffic.hour
+    if hour is not None and (not hour.tells or history.since_last_s < SHRINK_WINDOW_S):
+        hour = None  # nothing to shrink by
+    predictions = [plan.predict(commit.plan, windows[0].workload(spec))]
+    if predictions[0].attainment_high < spec.slo.attainment or hour is not None:
+        # Else the plan stays, whatever the windows before this one were like.
+        predictions += [plan.predict(commit.plan, w.workload(spec)) for w in windows[1:]]
     missed = sum(p.attainment_high < spec.slo.attainment for p in predictions)
     if 0 < missed < needed:
         return hold(f"the plan misses the promise in {missed} of {needed} windows", missed)
@@ -168,9 +174,9 @@ def judge(spec: Spec, commit: Commit, traffic: Traffic, history: History, facts:
         )
         return Verdict(reason, history.revision, draft, missed)
     keeps = f"the plan keeps the promise on what was seen ({attained:.1%})"
-    if traffic.hour is None or not traffic.hour.tells or history.since_last_s < SHRINK_WINDOW_S:
+    if hour is None:
         return hold(keeps)
-    wanted = _bounded(merge((traffic.hour, *windows), spec), spec)
+    wanted = _bounded(merge((hour, *windows), spec), spec)
     try:
         draft = plan.draft(spec, facts, wanted, commit.instances)
     except Infeasible as error:

@@ -94,7 +94,7 @@ def test_a_manifest_becomes_a_plan_and_pods(bench: Any) -> None:
         await b.apply(CHAT)
         resource = await b.settle(b.operator())
         plan = resource["status"]["plan"]
-        assert plan["algorithm"] == "HighAffinity"
+        assert plan["algorithm"] == "Joint"
         assert plan["gpus"] == 2
         assert plan["predicted"]["attainment"] >= 0.9
         assert resource["status"]["phase"] == "Ready"
@@ -302,6 +302,32 @@ def test_no_spare_gpus_holds_the_old_plan_and_says_how_many(bench: Any) -> None:
         assert resource["status"]["lastDecision"]["action"] == "Hold"
         assert resource["status"]["plan"]["revision"] == 1
         assert len(await b.workers()) == 12
+
+    bench(test)
+
+
+def test_before_the_simulator_is_loaded_all_but_planning_goes_on(bench: Any) -> None:
+    async def test(b: Bench) -> None:
+        cold = b.operator(warm=lambda: False)
+        await b.apply(CHAT)
+        await cold.reconcile()
+        said = {c["type"]: c for c in (await b.resource())["status"]["conditions"]}["PlanFeasible"]
+        assert (said["status"], said["reason"]) == ("Unknown", "WarmingUp")
+        await b.settle(b.operator())
+        before = await fingerprint(b)
+        writes = cold.writes
+        await cold.reconcile()
+        assert cold.writes == writes, "a restart alone writes nothing"
+        victim = (await b.workers())[0]
+        await b.cluster.delete(PODS, "default", victim["metadata"]["name"], victim["metadata"]["uid"])
+        await b.settle(
+            cold, until=lambda r: carried_out(r) and r["status"]["conditions"][0]["status"] == "True"
+        )
+        after = await fingerprint(b)
+        assert json.loads(after)[3:] == json.loads(before)[3:], (
+            "the pod is replaced, the plan and its state are kept"
+        )
+        assert len(await b.workers()) == 2
 
     bench(test)
 
