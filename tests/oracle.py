@@ -12,7 +12,7 @@ import heapq
 import math
 from collections import deque
 
-from disaggserve.simulate import Deployment, Pool
+from disaggserve.simulate import Deployment, Pool, serving
 from disaggserve.workload import Requests
 
 VIEW, ARRIVAL, TRANSFER_END, LANE = range(4)
@@ -264,12 +264,16 @@ class Oracle:
         if i.queue:
             self.wake(t, i)
 
+    def room(self, i: Instance) -> int:
+        """Blocks that decode may take for a request."""
+        return i.free if i.free == i.pool.blocks else i.free - i.pool.blocks // serving.RESERVE
+
     def admit(self, t: int, i: Instance) -> None:
         if self.inline:
             return
         while i.preempted or i.waiting:
             r = i.preempted[0] if i.preempted else i.waiting[0]
-            if blocks(r.tokens) > i.free:
+            if blocks(r.tokens) > self.room(i):
                 return
             i.take(blocks(r.tokens))
             if i.preempted:
@@ -369,7 +373,7 @@ class Oracle:
             self.move(t, r)
             return False
         d = i if self.deployment.sticky else self.choose("decode", r, r.input + 1)
-        full = bool(d.waiting or d.preempted) or blocks(r.input + 1) > d.free
+        full = bool(d.waiting or d.preempted) or blocks(r.input + 1) > self.room(d)
         if i.decodes and full:
             d = i
         r.decode = d

@@ -68,7 +68,20 @@ def _application(app: Application) -> page.Result:
         goodputs[system.name] = bench.goodput(app.promise, app.distserve / 2)
         by_rate[system.name] = [(rate, bench.attained(rate, app.promise)) for rate in rates]
         by_scale[system.name] = [(s, bench.attained(app.scaled_at, scaled(app.promise, s))) for s in SCALES]
-    return page.Result(app, tuple(found), goodputs, by_rate, by_scale, _ablation(app, goodputs, found))
+    return page.Result(
+        app, tuple(found), goodputs, by_rate, by_scale, _ablation(app, goodputs, found), _by_factor(app)
+    )
+
+
+def _by_factor(app: Application) -> dict[str, float]:
+    """Goodput per GPU of vLLM, as the paper ran it, by the factor on its raw fits."""
+    found = {}
+    for factor in systems.VLLM_FACTORS if app.fitted else ():
+        system = systems.vllm(app, app.colocated_tp, factor)
+        assert system is not None, "the paper's tp has a fit"
+        bench = Bench(system, systems.lengths(app), app.prompts_per_gpu)
+        found[factor] = bench.goodput(app.promise, app.vllm).as_run
+    return found
 
 
 def _ablation(

@@ -36,6 +36,7 @@ _LOOKS: Mapping[str, tuple[str, Any, str]] = {
     "DistServe-Low": ("#56b4e9", (0, (5, 2)), "s"),
     "DistServe-High": ("#009e73", (0, (3, 1)), "D"),
     "joint": ("#d55e00", "-", "P"),
+    "mixed": ("#e6b800", (0, (6, 1, 1, 1)), "X"),
     "vLLM++": ("#777777", "-", "v"),
 }
 PARTS = (

@@ -20,6 +20,7 @@ from disaggserve.workload import Lengths, Requests, Workload
 Shares = npt.NDArray[np.float64]
 SEEDS = tuple(range(200, 220))
 STEADY_SEEDS = tuple(range(100, 105))
+STEADY_ENOUGH = 4000  # requests a seed after the warm-up, where they come before 600 s
 RESOLUTION = 0.01
 
 
@@ -92,16 +93,28 @@ class Bench:
             for seed in SEEDS
         ]
         low, high = np.percentile(single, (10, 90))
-        gpus = self.system.gpus
-        steady = simulate.goodput(
-            lambda rate: search.predict(
-                self.system.deployment, Workload(rate * gpus, 1.0, self.lengths), promise, seeds=STEADY_SEEDS, enough=4000
-            ).attainment,
-            target,
-            start=0.8 * as_run or near,
-            resolution=RESOLUTION,
-        )  # fmt: skip
-        return Goodput(as_run, float(low), float(high), steady)
+        sustained = steady(self.system, self.lengths, promise, near=0.8 * as_run or near)
+        return Goodput(as_run, float(low), float(high), sustained)
+
+
+def steady(
+    system: System,
+    lengths: Lengths,
+    promise: Promise,
+    *,
+    near: float,
+    seeds: Sequence[int] = STEADY_SEEDS,
+    resolution: float = RESOLUTION,
+) -> float:
+    """Goodput per GPU in steady state, req/s; 0 where no rate near is kept. `near`: a rate per GPU to begin from."""
+
+    def attained(per_gpu: float) -> float:
+        workload = Workload(per_gpu * system.gpus, 1.0, lengths)
+        return search.predict(
+            system.deployment, workload, promise, seeds=seeds, enough=STEADY_ENOUGH
+        ).attainment
+
+    return simulate.goodput(attained, promise.attainment, start=near, resolution=resolution)
 
 
 def _kept(ttft: Shares, tpot: Shares, promise: Promise) -> float:

@@ -25,6 +25,9 @@ class Result:
     by_rate: Curves
     by_scale: Curves
     ablation: Mapping[str, tuple[float, str]]
+    by_factor: Mapping[
+        str, float
+    ]  # vLLM's goodput per GPU, as the paper ran it, by the factor on its raw fits
 
 
 def render(
@@ -133,26 +136,51 @@ def _all_words(results: Sequence[Result]) -> str:
 
 
 def _rates(results: Sequence[Result]) -> str:
-    rows, said = [], []
+    rows = []
     for r in results:
         ours = {n: g.as_run for n, g in r.goodputs.items()}
-        mii = f"{ours['DistServe'] / ours['DeepSpeed-MII']:.1f}×" if ours.get("DeepSpeed-MII") else "–"
-        simulated = f"{ours['DistServe'] / ours['vLLM']:.1f}×" if ours["vLLM"] else "vLLM keeps it at no rate"
-        rows.append((r.app.title, f"{r.app.distserve / r.app.vllm:.1f}×", simulated, mii))
-        said.append(f"* **{r.app.title}**: {_why_vllm(r.app, r.goodputs['vLLM'])}")
-    header = ("workload", "DistServe over vLLM, measured", "simulated", "over DeepSpeed-MII, simulated")
-    return (
-        _table(header, rows)
-        + "\n\nThe paper reports 1.6 to 7.4 times DeepSpeed-MII for chat.\n\nvLLM, simulated against measured:\n\n"
-        + "\n".join(said)
+        row = [f"{r.app.distserve / r.app.vllm:.1f}×"]
+        for name in ("vLLM", "DeepSpeed-MII"):
+            if name not in ours:
+                row.append("–")
+            else:
+                row.append(f"{ours['DistServe'] / ours[name]:.1f}×" if ours[name] else "kept at no rate")
+        rows.append((r.app.title, *row))
+    header = (
+        "workload",
+        "DistServe over vLLM, measured",
+        "over vLLM, simulated",
+        "over DeepSpeed-MII, simulated",
     )
+    return f"{_table(header, rows)}\n\n{_vllm(results)}\n\n{MII}"
 
 
-def _why_vllm(app: Application, g: Goodput) -> str:
-    if not g.as_run:
-        return f"simulated, it keeps the promise at no rate; {app.vllm:g} was measured."
-    off = g.as_run / app.vllm - 1
-    return f"{g.as_run:.3f} against {app.vllm:g} ({off:+.0%})."
+MII = """**DeepSpeed-MII.** The paper measured 1.6 to 7.4 times MII for chat. No fit of MII's kernels is public, so DistServe's stand in, and splitting
+a prompt costs nothing but reading its KV again: the simulated MII is what its *scheduling* could do at best, and shows that much of the measured
+distance was the engine's own."""
+
+
+def _vllm(results: Sequence[Result]) -> str:
+    fitted = [r for r in results if r.by_factor]
+    factors = list(fitted[0].by_factor)
+    rows = [(r.app.title, f"{r.app.vllm:g}", *(f"{r.by_factor[f]:.3f}" for f in factors)) for r in fitted]
+    others = "; ".join(
+        f"{r.app.title}: {r.goodputs['vLLM'].as_run:.3f} by roofline against {r.app.vllm:g}, which is DistServe's goodput over the "
+        "2.0 times that the paper reports"
+        for r in results
+        if not r.by_factor
+    )
+    return (
+        "**vLLM** on the paper's tp, goodput per GPU by the factor on the prefill of its raw fits:\n\n"
+        + _table(("workload", "measured", *factors), rows)
+        + f"""
+
+Prompts and promises of the paper sit where a tenth of the prompts takes just the promised TTFT alone, so the step times decide everything: from
+the raw fit to the shipped one (× 1.40, set by hand by its authors) OPT-13B falls from {fitted[0].by_factor[factors[-1]]:.2f} to
+{fitted[0].by_factor[factors[1]]:.2f} req/s. We take × {factors[0].removeprefix("×")}, under which the one light real run of vLLM that is public comes out
+(85.0 % for 86.0 %). The engine of that time also spent CPU between steps, which grows with the batch and is not in the fits: the simulated vLLM is
+better under load than the measured one, and most so for code, whose TTFT of 125 ms leaves room for nothing else. {others}."""
+    )
 
 
 def _scales(results: Sequence[Result]) -> str:

@@ -1,34 +1,51 @@
 """The systems under test as deployments of the simulator.
 
-* DistServe's own placement: the engine that the paper ran, prompts batched to 8,192 tokens and 128 requests, KV pulled at
-  25 GB/s inside decode's loop, preempted requests swapped at 20 GB/s (REFERENCE § 4), DistServe's fits.
-* vLLM: colocated, whole prompts before decode steps, vLLM's own fits (OPT-13B and 66B).
+* DistServe's own placement: the engine that the paper ran, prompts batched to 8,192 tokens and 128 requests, KV pulled
+  inside decode's loop at 25 GB/s by each of decode's GPUs, preempted requests swapped at 20 GB/s (REFERENCE § 4),
+  DistServe's fits.
+* vLLM: colocated, whole prompts before decode steps, vLLM's raw fits (OPT-13B and 66B) times a factor (`VLLM_FACTORS`).
 * DeepSpeed-MII: colocated, prompts split and fused with decode steps up to 768 tokens (DeepSpeed's default
   `max_ragged_batch_size`). There is no fit of MII: DistServe's stand in, so only its scheduling differs here.
 * Algorithm 1, Algorithm 2, joint: what our own searches place on 4 nodes of 8 GPUs, on our own engine.
+* Mixed: instances that prefill in chunks and decode, with two sizes of chunk, DistServe's fits.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import disaggserve
 from benchmarks.paper.facts import GPU, NODE_GPUS, NODES, Application
-from benchmarks.paper.measure import System
+from benchmarks.paper.measure import System, steady
 from disaggserve import catalogue, engines, latency, search
 from disaggserve.api.errors import Infeasible
+from disaggserve.catalogue import Model
 from disaggserve.engines import Role
 from disaggserve.hardware import Inventory, Node
+from disaggserve.latency import StepTimes
 from disaggserve.simulate import Deployment, Pool
 from disaggserve.workload import Lengths, Workload, preset
 
 A100 = catalogue.gpu(GPU)
-VLLM_FITS = Path(disaggserve.__file__).parent / "data/profiles/profiler-a100-80g.vllm.json"
+VLLM_FITS = Path(disaggserve.__file__).parent / "data/profiles/raw_unfudged.profiler-a100-80g.vllm.json"
+# (prefill, decode) times the raw fits. 1.2, 1.2: a real run of vLLM on OPT-13B (100 requests at 1 req/s, 86.0 % kept)
+# comes out at 85.0 %. 1.4, 1.2: set by hand in the shipped fits by their authors (73.0 %). 1, 1: raw (96.0 %).
+VLLM_FACTORS = {"×1.2": (1.2, 1.2), "×1.4 (shipped)": (1.4, 1.2), "raw": (1.0, 1.0)}
+VLLM_FACTOR = "×1.2"
 VLLM_TOKENS = 65_536  # of prompts in a step, as the paper's scripts start it
 MII_TOKENS = 768
+MIXED_CHUNKS = (
+    (512, 128),
+    (1024, 128),
+    (2048, 128),
+    (1024, 256),
+    (2048, 256),
+    (2048, 512),
+)  # tokens of a step
 PULL_BYTES_S, SWAP_BYTES_S = 25e9, 20e9
 ENGINE_TOKENS, ENGINE_REQUESTS = 8192, 128
 VLLM_TPS = (1, 2, 4, 8)
@@ -47,50 +64,67 @@ def own(app: Application) -> System:
         times, blocks = latency.step_times(model, A100, tp, pp), catalogue.kv_blocks(model, A100, tp, pp)
         return Pool(1, times, blocks, ENGINE_TOKENS, batch_requests=ENGINE_REQUESTS)
 
-    prefill = pool(*app.prefill)
+    prefill, pulling = pool(*app.prefill), app.decode[0] * app.decode[1]
     deployment = Deployment(
         (prefill,),
         (pool(*app.decode),),
         model.kv_bytes_per_token(),
-        PULL_BYTES_S,
+        PULL_BYTES_S * pulling,
         transfer="inline",
-        swap_bytes_s=SWAP_BYTES_S,
+        swap_bytes_s=SWAP_BYTES_S * pulling,
     )
     words = f"prefill {_shape(*app.prefill)}, decode {_shape(*app.decode)}"
     return System("DistServe", words, app.gpus, deployment, prefill.times.provenance.describe())
 
 
-def vllm(app: Application, tp: int) -> System | None:
-    """One colocated instance, prompts first; None where the model does not fit."""
+def vllm(app: Application, tp: int, factor: str = VLLM_FACTOR) -> System | None:
+    """One colocated instance, prompts first; None where the model does not fit, or has a fit without this tp."""
     model = catalogue.model(app.model)
     profile = latency.Profile.load(VLLM_FITS) if app.fitted else None
-    if profile and tp not in profile.shapes(model):
+    if not _fits(model, tp) or (profile and tp not in profile.shapes(model)):
         return None
-    return _colocated(app, "vLLM", tp, "whole", VLLM_TOKENS, profile)
+    times = latency.step_times(model, A100, tp, 1, profile)
+    if not profile:
+        return _colocated("vLLM", model, times, tp, "whole", VLLM_TOKENS, times.provenance.describe())
+    prefill, decode = VLLM_FACTORS[factor]
+    times = dataclasses.replace(
+        times,
+        prefill_knots_ns=times.prefill_knots_ns * prefill,
+        prefill_quad_ns=times.prefill_quad_ns * prefill,
+        decode_base_ns=times.decode_base_ns * decode,
+        decode_ctx_ns=times.decode_ctx_ns * decode,
+    )
+    source = f"vLLM's raw fit, prefill × {prefill:g}, decode × {decode:g}"
+    return _colocated("vLLM", model, times, tp, "whole", VLLM_TOKENS, source)
 
 
 def mii(app: Application) -> System | None:
     """One colocated instance with split prompts."""
-    return _colocated(app, "DeepSpeed-MII", app.colocated_tp, "chunked", MII_TOKENS, None)
+    model, tp = catalogue.model(app.model), app.colocated_tp
+    times = latency.step_times(model, A100, tp, 1)
+    source = times.provenance.describe()
+    return _colocated("DeepSpeed-MII", model, times, tp, "chunked", MII_TOKENS, source)
+
+
+def _fits(model: Model, tp: int) -> bool:
+    if model.shape_fault(tp, 1):
+        return False
+    return catalogue.kv_blocks(model, A100, tp, 1) * catalogue.BLOCK_TOKENS >= model.max_positions
 
 
 def _colocated(
-    app: Application,
     name: str,
+    model: Model,
+    times: StepTimes,
     tp: int,
     policy: Literal["whole", "chunked"],
     tokens: int,
-    profile: latency.Profile | None,
-) -> System | None:
-    model = catalogue.model(app.model)
-    blocks = 0 if model.shape_fault(tp, 1) else catalogue.kv_blocks(model, A100, tp, 1)
-    if blocks * catalogue.BLOCK_TOKENS < model.max_positions:
-        return None
-    times = latency.step_times(model, A100, tp, 1, profile)
-    pool = Pool(1, times, blocks, tokens, policy)
+    source: str,
+) -> System:
+    pool = Pool(1, times, catalogue.kv_blocks(model, A100, tp, 1), tokens, policy)
     link = A100.peer_bytes_s  # no KV crosses it
     deployment = Deployment((), (), model.kv_bytes_per_token(), link, mixed=(pool,), sticky=True)
-    return System(name, _shape(tp, 1), tp, deployment, times.provenance.describe())
+    return System(name, _shape(tp, 1), tp, deployment, source)
 
 
 # ---- our own searches
@@ -162,6 +196,34 @@ def joint(app: Application) -> System | None:
         return None
 
 
+def mixed(app: Application) -> System | None:
+    """Mixed pools: every instance prefills in chunks and decodes, some with large chunks and some with small ones, and a
+    request may decode elsewhere than it was prefilled (as TaiChi does). The best of all splits and chunks tried, by
+    steady goodput per GPU on seeds of its own."""
+    model = catalogue.model(app.model)
+    table = lengths(app)
+    measured = latency.shipped_profile().shapes(model) if app.fitted else VLLM_TPS
+    best: tuple[float, System] | None = None
+    for tp in (t for t in measured if _fits(model, t)):
+        times = latency.step_times(model, A100, tp, 1)
+        blocks = catalogue.kv_blocks(model, A100, tp, 1)
+        count = max(2, NODE_GPUS // tp)
+        for heavy, (large, small) in itertools.product(range(1, count), MIXED_CHUNKS):
+            pools = tuple(
+                Pool(n, times, blocks, c, "chunked") for n, c in ((heavy, large), (count - heavy, small))
+            )
+            link = catalogue.pod_link(A100, True, A100, True)
+            deployment = Deployment(
+                (), (), model.kv_bytes_per_token(), link.bytes_per_s, link.latency_s, mixed=pools
+            )
+            words = f"{heavy}×{_shape(tp, 1)} chunk {large}, {count - heavy}×{_shape(tp, 1)} chunk {small}"
+            system = System("mixed", words, count * tp, deployment, times.provenance.describe())
+            goodput = steady(system, table, app.promise, near=app.distserve, seeds=(0, 1), resolution=0.03)
+            if best is None or goodput > best[0]:
+                best = goodput, system
+    return best[1] if best and best[0] else None
+
+
 def _placed(name: str, placement: search.Placement, problem: search.Problem) -> System:
     deployment = search.deployment(
         problem.model, problem.engine, problem.inventory, placement.groups, placement.link
@@ -186,6 +248,7 @@ def systems(app: Application) -> Iterator[System]:
         low(app),
         high(app),
         joint(app),
+        mixed(app),
     ]
     yield from (s for s in found if s is not None)
 

@@ -29,6 +29,7 @@ class Engine:
     architectures: frozenset[str]  # of catalogue.Model.architecture
     flags: frozenset[str]  # the operator's own; `engine.args` may not name them
     block_tokens: int = 16  # tokens per KV block
+    prefix_cache: bool = False  # whether a prompt's KV is kept for others that begin alike
     quantised: frozenset[str] = frozenset()  # of catalogue.Model.quantised
 
 
@@ -54,6 +55,7 @@ VLLM = Engine(
     handoff="pull",
     first_token_from="decode",
     prefill_limit=8192,
+    prefix_cache=True,
     architectures=frozenset({"opt", "llama", "qwen3", "mixtral", "qwen3_moe"}),
     quantised=frozenset({"fp8", "int8"}),
     flags=_flags(
@@ -68,6 +70,7 @@ SGLANG = Engine(
     handoff="push",
     first_token_from="decode",
     prefill_limit=8192,
+    prefix_cache=True,
     architectures=frozenset({"opt", "llama", "qwen3", "mixtral", "qwen3_moe"}),
     quantised=frozenset({"fp8", "int8"}),
     flags=_flags(

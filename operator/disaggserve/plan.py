@@ -31,7 +31,6 @@ from disaggserve.api.plan import (
     words,
 )
 from disaggserve.api.spec import PodSpec, Spec
-from disaggserve.search import published
 from disaggserve.workload import Workload
 
 Json = Mapping[str, Any]
@@ -294,6 +293,8 @@ def _check_published(spec: Spec, options: Options) -> None:
         raise InvalidInput("--as-published knows no joint search; add --algorithm distserve, high or low")
     if options.objective != "goodput":
         raise InvalidInput("--as-published finds the highest goodput and plans for no rate; add --rate max")
+    if options.any_engine:
+        raise InvalidInput("--as-published simulates one engine, DistServe's own; leave --engine any out")
 
 
 def _searched(
@@ -322,8 +323,7 @@ def _searched(
     engine = own
     if options.as_published:
         profile = options.profile or latency.shipped_profile()
-        placement = published.place(problem, profile, options.resolution)
-        workload = replace(workload, rate=placement.goodput)
+        placement = search.published.place(problem, profile, options.resolution)
     elif options.any_engine:
         engine, placement = _any_engine(problem)
     else:
@@ -543,7 +543,7 @@ def predict(plan: Plan, workload: Workload) -> Prediction:
 def warm_up(options: Options = DEFAULT) -> None:
     """Loads the compiled kernels of this process, so that what is timed afterwards is the search."""
     if options.as_published:
-        published.warm_up()
+        search.published.warm_up()
     else:
         simulate.warm_up()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from disaggserve import cli
+from disaggserve import cli, workload
 from tests.data import shared
 from tests.integration.test_cli import cluster, dgx, manifest
 
@@ -89,6 +89,11 @@ def test_a_shape_is_simulated_on_drawn_requests() -> None:
 def test_equal_inputs_have_equal_digests_and_others_have_others() -> None:
     first = answer("simulate", "--shape", SHAPE, *TARGET, *SHORT)
     assert answer("simulate", "--shape", "decode=1xtp1,prefill=1xtp2", *TARGET, *SHORT) == first
+    two, twice = (
+        answer("simulate", "--shape", f"prefill=1xtp2,{decode}", *TARGET, *SHORT)
+        for decode in ("decode=2xtp1", "decode=1xtp1,decode=1xtp1")
+    )
+    assert two == twice
     for other in (("--seed", 1), ("--cv", 2), ("--link", "tcp"), ("--attainment", 0.8)):
         assert answer("simulate", "--shape", SHAPE, *TARGET, *SHORT, *other)["digest"] != first["digest"]
 
@@ -129,6 +134,45 @@ def test_requests_above_the_context_are_left_out_and_said(tmp_path: Path) -> Non
     assert "2048 tokens" in done.stderr
     none = run("simulate", "--shape", SHAPE, *TARGET, "--trace", trace(tmp_path / "n.csv", rows[1:3]))
     assert (none.returncode, "every one of its 2 requests" in none.stderr) == (1, True)
+
+
+def test_rows_of_lengths_above_the_context_are_left_out_and_said(tmp_path: Path) -> None:
+    table = tmp_path / "lengths.csv"
+    table.write_text("input_tokens,output_tokens,weight\n2000,48,3\n2000,49,1\n")
+    drawn = ("--lengths", table, "--rate", 2, "--duration", "30s")
+    done = run("simulate", "--shape", SHAPE, *TARGET, *drawn, "-o", "json")
+    assert "5000 of 20000 requests (25.0%) are left out" in done.stderr
+    assert json.loads(done.stdout)["leftOut"] == 5000
+
+
+def test_what_a_prefix_cache_holds_need_not_be_computed(tmp_path: Path) -> None:
+    header = "arrival_s,input_tokens,output_tokens"
+    rows = [f"{k / 2},1500,20" for k in range(60)]
+    plain, warm = tmp_path / "plain.csv", tmp_path / "warm.csv"
+    plain.write_text("\n".join([header, *rows]))
+    warm.write_text("\n".join([f"{header},cached_tokens", *(f"{row},1200" for row in rows)]))
+    vllm = ("--shape", "prefill=1xtp1,decode=1xtp1", *TARGET, "--engine", "vllm")
+    cold, hot = (answer("simulate", *vllm, "--trace", t) for t in (plain, warm))
+    assert (hot["cachedShare"], cold["cachedShare"]) == (0.8, 0.0)
+    assert hot["ttft"]["p50"] < 0.5 * cold["ttft"]["p50"]
+    assert hot["digest"] != cold["digest"]
+    none = run("simulate", "--shape", SHAPE, *TARGET, "--trace", warm, "-o", "json")
+    assert "engine torch has no prefix cache" in none.stderr
+    assert "80.0% of their tokens" in none.stderr
+    assert json.loads(none.stdout)["cachedShare"] == 0
+    again = answer("simulate", "--shape", SHAPE, *TARGET, "--trace", plain)
+    assert [json.loads(none.stdout)[k] for k in ("ttft", "tpot")] == [again[k] for k in ("ttft", "tpot")]
+
+
+def test_the_engine_is_the_one_that_the_profile_was_measured_on(tmp_path: Path) -> None:
+    data = Path(workload.__file__).parents[1] / "data" / "profiles"
+    profile = ("--profile", data / "profiler-a100-80g.vllm.json")
+    found = answer("simulate", "--shape", SHAPE, *TARGET, *SHORT, *profile)
+    assert (found["engine"], "vllm" in found["latencySource"]) == ("vllm", True)
+    torch = answer("simulate", "--shape", SHAPE, *TARGET, *SHORT, *profile, "--engine", "torch")
+    assert (torch["engine"], torch["latencySource"]) == ("torch", found["latencySource"])
+    other = run("simulate", "--shape", SHAPE, *TARGET, *SHORT, *profile, "--model", "facebook/opt-30b")
+    assert (other.returncode, "no measured step times of facebook/opt-30b" in other.stderr) == (1, True)
 
 
 def test_every_request_is_written_with_its_latencies(tmp_path: Path) -> None:
@@ -242,6 +286,48 @@ def test_a_plan_is_simulated_replayed_and_compared_with_its_own_shape(tmp_path: 
     assert (broken.returncode, "disaggserve plan -o json" in broken.stderr) == (1, True)
 
 
+def test_a_plan_made_with_a_profile_is_simulated_with_it(tmp_path: Path) -> None:
+    data = Path(workload.__file__).parents[1] / "data" / "profiles"
+    profile, other = data / "profiler-a100-80g.vllm.json", data / "raw_unfudged.profiler-a100-80g.vllm.json"
+    plan, sent = tmp_path / "plan.json", steady(tmp_path / "t.csv")
+    cluster(tmp_path / "c.yaml", dgx(1))
+    file = manifest(tmp_path / "cr.json")
+    plan.write_text(
+        run("plan", "-f", file, "--nodes", tmp_path / "c.yaml", "--profile", profile, "-o", "json").stdout
+    )
+    found = answer("simulate", "--plan", plan, "--trace", sent, "--profile", profile)
+    assert "vllm" in found["latencySource"]
+    both = answer("compare", plan, "--shape", SHAPE, *TARGET, "--trace", sent, "--profile", profile)[
+        "compared"
+    ]
+    assert both[0]["digest"] == found["digest"]
+    assert "vllm" in both[1]["latencySource"]
+    for wrong in ((), ("--profile", other)):
+        refused = run("simulate", "--plan", plan, "--trace", sent, *wrong)
+        assert (refused.returncode, "profile" in refused.stderr) == (1, True)
+
+
+def test_a_plan_is_made_for_a_trace_in_its_own_order(tmp_path: Path) -> None:
+    sent = tmp_path / "t.jsonl"
+    rows = [
+        {"timestamp": 400 * k, "input_length": 1024, "output_length": 30, "hash_ids": [0, k]}
+        for k in range(1, 900)
+    ]
+    rows.append({"timestamp": 360_000, "input_length": 2040, "output_length": 30, "hash_ids": []})
+    sent.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    nodes, file = cluster(tmp_path / "c.yaml", dgx(1)), manifest(tmp_path / "cr.json")
+    base = ("plan", "-f", file, "--nodes", nodes, "--trace", sent, "-o", "json")
+    done = run(*base)
+    found = json.loads(done.stdout)["workload"]
+    assert "1 of 900 requests (0.1%) are longer" in done.stderr
+    assert (found["rate"], found["cv"], found["inputMean"], found["outputMean"]) == (2.5, 0, 1024, 30)
+    assert "prefix cache" not in found["source"], "torch has none"
+    warm = json.loads(run(*base, "--engine", "vllm").stdout)["workload"]["source"]
+    assert "50% of the prompt tokens found in a prefix cache" in warm
+    cold = json.loads(run(*base, "--engine", "vllm", "--cache-blocks", 0).stdout)["workload"]["source"]
+    assert "prefix cache" not in cold
+
+
 def test_the_digest_is_the_same_in_another_process() -> None:
     args = ("simulate", "--shape", SHAPE, *TARGET, *SHORT, "-o", "json")
     command = [sys.executable, "-m", "disaggserve.cli", *map(str, args)]
@@ -274,6 +360,9 @@ SIMULATE = ("simulate", "--shape", SHAPE, *TARGET)
         ),
         ((*SIMULATE, *SHORT, "--model", "a/b"), 1, "not in the catalogue"),
         ((*SIMULATE, *SHORT, "--gpu", "abacus"), 1, "not in the catalogue"),
+        ((*SIMULATE, *SHORT, "--gpu", "L40S", "--link", "nvlink"), 1, "has no NVLink"),
+        ((*SIMULATE, *SHORT, "--rate", 1e6, "--duration", "10h"), 1, "lower --rate or --duration"),
+        ((*SIMULATE, *SHORT, "--requests", "/missing/rows.csv"), 1, "rows.csv cannot be written"),
         ((*SIMULATE, *SHORT, "--lengths", "missing.csv"), 1, "missing.csv cannot be read"),
         ((*SIMULATE, *SHORT, "--profile", "missing.json"), 1, "missing.json cannot be read"),
         ((*SIMULATE, "--lengths", "sharegpt"), 2, "--rate"),

@@ -50,7 +50,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object]
     at = tmp_path_factory.mktemp("report")
     nodes = dgx(2)
     nodes[1]["spec"] = {"unschedulable": True}
-    file, nodes_file = manifest(at / "cr.json"), cluster(at / "nodes.yaml", nodes)
+    prices = {"prices": {"NVIDIA-A100-SXM4-80GB": 2.5}, "maxGPUs": 8}
+    file, nodes_file = manifest(at / "cr.json", hardware=prices), cluster(at / "nodes.yaml", nodes)
     pages = []
     for name in ("one", "two/deep"):
         done = run("plan", "-f", file, "--nodes", nodes_file, "-o", "json", "--report", at / name)
@@ -77,6 +78,10 @@ def test_the_page_has_every_figure_and_the_plan_in_words(written: tuple[dict[str
     assert isinstance(rejected, list)
     assert rejected
     assert all(r["reason"] in page.words["rejected"] for r in rejected)
+    assert f"{2.5 * plan['gpus']:.2f} per hour" in words  # type: ignore[operator]
+    drawn = page.words["attainment"]
+    assert all(name in drawn for name in ("chosen: ", "target 90 %", "95 % interval"))
+    assert len([r for r in rejected if r["what"] in drawn]) >= 1, "a runner-up of the search is drawn"
     assert "cordoned" in page.words["refused"]
     assert "±" in page.words["source"]
     assert str(plan["digest"]) in text

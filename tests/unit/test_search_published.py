@@ -157,6 +157,7 @@ LOW = CHAT.model_copy(
     }
 )
 ASKED = plan.Options(objective="goodput", as_published=True)
+FITTED = dataclasses.replace(PROFILE, name="mine", source="fitted")
 
 
 def test_the_plan_is_for_its_own_goodput():
@@ -181,6 +182,8 @@ def test_a_plan_without_nodes_is_not_started():
     ("spec", "options", "says"),
     [
         (LOW, plan.Options(as_published=True), "add --rate max"),
+        (LOW, dataclasses.replace(ASKED, any_engine=True), "leave --engine any out"),
+        (LOW, dataclasses.replace(ASKED, profile=FITTED), "mine is not in the public code's form"),
         (LOW.model_copy(update={"planner": PlannerSpec.model_construct(algorithm="Joint")}), ASKED, "no joint search"),
         (LOW.model_copy(update={"plan": PinnedPlan.model_construct(roles=())}), ASKED, "take it out"),
     ],

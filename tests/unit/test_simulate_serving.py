@@ -104,8 +104,115 @@ def test_the_last_of_the_batch_is_preempted_and_recomputed() -> None:
 
 def test_lanes_of_a_pipeline_take_pp_stage_times_a_step() -> None:
     out = simulate.run_decode(Pool(1, times(pp=2), blocks=100), requests((0, 8, 3), (5, 8, 3), (6, 8, 3)))
-    assert ms(out.decode_start_ns) == pytest.approx([0, 5, 20], abs=1e-3)
-    assert ms(out.last_ns) == pytest.approx([40, 45, 60], abs=1e-3)
+    # The second lane's step waits until the first one's has left the first stage.
+    assert ms(out.decode_start_ns) == pytest.approx([0, 10, 20], abs=1e-3)
+    assert ms(out.last_ns) == pytest.approx([40, 50, 60], abs=1e-3)
+
+
+def test_a_long_step_holds_up_a_short_one_in_every_stage() -> None:
+    pool = Pool(1, times(pp=2), blocks=100, batch_tokens=1)
+    out = simulate.run_prefill(pool, requests((0, 30, 9), (0, 10, 9), (0, 10, 9)))
+    assert ms(out.prefill_start_ns) == [0, 30, 60]  # the third has a lane when the first one's step is over
+    assert ms(out.first_ns) == [60, 70, 80]
+
+
+def colocated(pool: Pool) -> Deployment:
+    return Deployment((), (), 1000, 1e6, mixed=(pool,), sticky=True)
+
+
+def test_waiting_prompts_go_before_running_decodes() -> None:
+    out = simulate.run(colocated(Pool(1, times(), blocks=100)), requests((0, 20, 4), (25, 40, 2), (26, 8, 1)))
+    # The first decodes from 20 on; at 30 two prompts take the instance until 78.
+    assert ms(out.prefill_start_ns) == [0, 30, 30]
+    assert ms(out.first_ns) == [20, 78, 78]
+    assert ms(out.last_ns) == pytest.approx([98, 88, 78], abs=1e-3)
+    assert out.transfer_end_ns.tolist() == [*out.first_ns.tolist()[:2], -1]
+
+
+def test_chunks_go_along_with_decodes_that_never_stall() -> None:
+    pool = Pool(1, times(step_ms=10.0), blocks=100, batch_tokens=16, policy="chunked")
+    out = simulate.run(colocated(pool), requests((0, 16, 5), (17, 40, 2)))
+    # Prompt 0–16; a step of 10; then steps of 16 tokens: the decode's one and 15 of the prompt, twice; then 10.
+    assert ms(out.prefill_start_ns) == [0, 26]
+    assert ms(out.first_ns) == pytest.approx([16, 26 + 16 + 16 + 11], abs=1e-3)
+    assert ms(out.last_ns) == pytest.approx([69, 79], abs=1e-3)
+
+
+def test_a_request_may_prefill_on_one_and_decode_on_another() -> None:
+    pool = Pool(1, times(), blocks=100, batch_tokens=64)
+    mixed = dataclasses.replace(colocated(pool), mixed=(pool, pool), sticky=False)
+    out = simulate.run(mixed, requests((0, 20, 11), (1, 30, 3)))
+    # Both instances are empty at 20: the first has it. At 31 it holds 22 tokens, so the second keeps its own.
+    assert ms(out.transfer_end_ns) == [20, 31]
+    third = simulate.run(mixed, requests((0, 20, 11), (1, 30, 3), (2, 50, 2)))
+    # Queued on the first (20 against 30 tokens) it is done at 20 + 50; the second is empty by then.
+    assert ms(third.first_ns)[2] == 70
+    assert ms(third.transfer_end_ns)[2] == 120
+
+
+def test_small_chunks_are_slower_and_the_queue_is_weighed() -> None:
+    slow = Pool(1, times(prefill_ms_per_token=2.0), blocks=100)
+    mixed = dataclasses.replace(colocated(slow), mixed=(slow, Pool(1, times(), blocks=100)))
+    out = simulate.run(mixed, requests((0, 10, 1), (0, 15, 1), (0, 10, 1)))
+    # 10 tokens at 2 ms each weigh more than the second instance's 15 at 1 ms.
+    assert ms(out.first_ns) == [20, 25, 25]
+
+
+def test_what_is_cached_is_not_computed_but_held_and_moved() -> None:
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class WithHits(Requests):
+        cached: np.ndarray
+
+    rows = requests((0, 20, 2), (100, 20, 2))
+    out = simulate.run(
+        deployment(), WithHits(rows.arrival_ns, rows.input, rows.output, np.array([15, 20], dtype=np.int32))
+    )
+    assert ms(out.first_ns) == [5, 101]  # at least one token is computed
+    assert ms(out.transfer_end_ns) == [25, 121]
+
+
+def test_pushed_kv_needs_room_before_prefill() -> None:
+    push = dataclasses.replace(deployment(decode=Pool(1, times(), blocks=4)), handoff="push")
+    out = simulate.run(push, requests((0, 40, 3), (0, 40, 3)))
+    assert ms(out.prefill_start_ns) == [0, 100]  # 3 of 4 blocks are reserved for the first until its end
+    assert ms(out.transfer_end_ns) == [80, 180]
+
+
+def test_a_transfer_that_overlaps_counts_what_is_left_of_it() -> None:
+    over = dataclasses.replace(deployment(), overlap=True)
+    assert ms(simulate.run(over, requests((0, 20, 2))).transfer_end_ns) == [36]  # one block after the end
+    slow = dataclasses.replace(over, link_bytes_s=0.5e6)
+    assert ms(simulate.run(slow, requests((0, 40, 2))).transfer_end_ns) == [80]  # begun with the prefill
+
+
+def test_an_old_view_sends_a_burst_to_one_instance() -> None:
+    plan = deployment(prefill=Pool(2, times(), blocks=1000, batch_tokens=1))
+    rows = requests(*((i, 10, 1) for i in range(4)))
+    seen = dataclasses.replace(plan, view_age_s=60.0)
+    assert ms(simulate.run(plan, rows).first_ns) == [10, 11, 20, 21]
+    assert ms(simulate.run(seen, rows).first_ns) == [10, 11, 20, 21]  # one router knows what it sent itself
+    two = dataclasses.replace(seen, routers=2)
+    assert ms(simulate.run(two, rows).first_ns) == [10, 20, 12, 22]  # neither knows what the other sent
+
+
+def test_an_engine_that_pulls_in_its_loop_stands_still_meanwhile() -> None:
+    inline = dataclasses.replace(deployment(), transfer="inline")
+    out = simulate.run(inline, requests((0, 20, 8), (25, 20, 2)))
+    # The first decodes from 40 on; the second is prefilled at 45, pulled at the boundary at 50, until 70.
+    assert ms(out.transfer_end_ns) == [40, 70]
+    assert ms(out.decode_start_ns) == [40, 70]
+    assert ms(out.last_ns) == [130, 80]
+
+
+def test_swapped_requests_pay_for_both_ways() -> None:
+    swap = Deployment(
+        (Pool(1, times(), blocks=9),), (Pool(1, times(), blocks=4),), 1000, 1e9, swap_bytes_s=1e6
+    )
+    out = simulate.run(swap, requests((0, 20, 15), (0, 20, 15)))
+    # The second joins a step later and leaves with 31 tokens, at 1 ms each: within the step that it leaves for,
+    # and again within the one that it is back for.
+    first = 40.02 + 14 * 10 + 31
+    assert ms(out.last_ns) == pytest.approx([first, first + 31 + 3 * 10], abs=1e-3)
 
 
 def test_the_instance_with_the_least_work_is_chosen() -> None:

@@ -405,6 +405,13 @@ def test_lengths_files_take_both_headers(tmp_path):
         workload.read_lengths(trace(tmp_path, "input_tokens,output_tokens\n0,6\n"))
 
 
+def test_rows_above_the_context_can_be_left_out():
+    table, left_out = lengths((1, 5), (90, 10), (90, 11), (100, 1)).within(100)
+    assert (table.input.tolist(), table.output.tolist(), left_out) == ([1, 90], [5, 10], 2)
+    with pytest.raises(BadLengths, match="every request is longer than the context of 5 tokens"):
+        lengths((1, 5)).within(5)
+
+
 def test_weights_make_a_histogram_of_lengths(tmp_path):
     table = workload.read_lengths(
         trace(tmp_path, "input_tokens,output_tokens,weight\n5,6,1\n7,8,0\n9,10,2.999\n")

@@ -54,16 +54,11 @@ def plan(
         Algorithm | None,
         typer.Option("--algorithm", help="Replaces planner.algorithm.", case_sensitive=False),
     ] = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="Measured step times: what `disaggserve fit` writes, or DistServe's JSON."),
-    ] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(help="Requests to plan for: CSV with arrival_s,input_tokens,output_tokens."),
-    ] = None,
+    profile: options.ProfileOption = None,
+    trace: options.TraceOption = None,
+    cache_blocks: options.CacheOption = None,
     lengths: Annotated[
-        Path | None, typer.Option(help="Lengths to plan for: CSV with input_tokens,output_tokens.")
+        Path | None, typer.Option(help="Lengths to plan for: CSV with input_tokens,output_tokens[,weight].")
     ] = None,
     rate: Annotated[
         str | None,
@@ -81,7 +76,9 @@ def plan(
     ] = False,
     resolution: Annotated[
         float | None,
-        typer.Option(help="With --as-published: where its bisection ends, req/s per GPU.", show_default="0.25"),
+        typer.Option(
+            help="With --as-published: where its bisection ends, req/s per GPU.", show_default="0.25"
+        ),
     ] = None,
     output: Annotated[
         Output, typer.Option("-o", "--output", help="table, json (shape of status.plan) or yaml.")
@@ -94,7 +91,7 @@ def plan(
     from disaggserve.cli.plan import Replacing, run
 
     replacing = Replacing(
-        algorithm, profile, trace, lengths, rate, max_gpus, engine, as_published, resolution
+        algorithm, profile, trace, cache_blocks, lengths, rate, max_gpus, engine, as_published, resolution
     )
     run(file, nodes, replacing, output.value, report)
 
@@ -130,7 +127,7 @@ def simulate(
     from disaggserve.cli.simulate import run
 
     given = subject.Given(model, gpu, engine, link, profile, ttft, tpot, attainment)
-    sent = traffic.given(trace, cache_blocks, lengths, rate, duration, cv, seed)
+    sent = traffic.Given(trace, cache_blocks, lengths, rate, duration, cv, tuple(seed or (0,)))
     run(subject.one(plan, shape, given), sent, output.value, requests)
 
 
@@ -205,7 +202,7 @@ def compare(
     from disaggserve.cli.compare import run
 
     given = subject.Given(model, gpu, engine, link, profile, ttft, tpot, attainment)
-    sent = traffic.given(trace, cache_blocks, lengths, rate, duration, cv, seed)
+    sent = traffic.Given(trace, cache_blocks, lengths, rate, duration, cv, tuple(seed or (0,)))
     run(subject.several(plans or [], shape or [], given), sent, goodput, output.value)
 
 
@@ -256,9 +253,10 @@ def warm_up(
 ) -> None:
     """Compiles the simulator into the user's cache, or ahead for an image: no process of it waits for a compiler."""
     from disaggserve import simulate
-    from disaggserve.simulate import cache
+    from disaggserve.simulate import cache, published
 
     simulate.warm_up()
+    published.warm_up()
     try:
         print(cache.keep(into) if into else cache.prepare())
     except OSError as error:

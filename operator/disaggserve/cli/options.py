@@ -48,7 +48,9 @@ LinkOption = Annotated[
 ]
 ProfileOption = Annotated[
     Path | None,
-    typer.Option("--profile", help="With a shape: measured step times, ours or DistServe's JSON."),
+    typer.Option(
+        "--profile", help="Measured step times: what `disaggserve fit` writes, or DistServe's JSON."
+    ),
 ]
 TtftOption = Annotated[
     str | None, typer.Option("--ttft", help="Promised TTFT. Example: 250ms. With a plan: instead of its own.")

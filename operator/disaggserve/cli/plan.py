@@ -7,9 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from disaggserve import latency, plan, workload
+from disaggserve import engines, latency, plan, workload
 from disaggserve.api.errors import InvalidInput
 from disaggserve.api.spec import Spec
 from disaggserve.cli import report, show
@@ -27,6 +25,7 @@ class Replacing:
     algorithm: str | None = None
     profile: Path | None = None
     trace: Path | None = None
+    cache_blocks: int | None = None
     lengths: Path | None = None
     rate: str | None = None
     max_gpus: int | None = None
@@ -38,6 +37,10 @@ class Replacing:
 def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path | None = None) -> None:
     if replacing.resolution is not None and not replacing.as_published:
         raise InvalidInput("--resolution belongs to --as-published; add that or leave it out")
+    if replacing.as_published and page is not None:
+        raise InvalidInput(
+            "--report draws with our own simulator, --as-published does not use it; give one of them"
+        )
     spec = replaced(one(file).spec, replacing)
     expected = traffic(spec, replacing)
     options = plan.Options(
@@ -45,7 +48,7 @@ def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path |
         objective="goodput" if replacing.rate == "max" else "gpus",
         any_engine=replacing.engine == "any",
         as_published=replacing.as_published,
-        resolution=replacing.resolution or plan.Options.resolution,
+        resolution=plan.Options.resolution if replacing.resolution is None else replacing.resolution,
     )
     facts = read_facts(nodes)
     with show.busy("searching"):
@@ -55,7 +58,8 @@ def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path |
     else:
         show.dump(draft.plan.model_dump(mode="json", exclude_none=True), output)
     if page is not None:
-        report.write(page, spec, facts, draft, expected or plan.expected(spec))
+        traffic_planned = replace(expected or plan.expected(spec), rate=draft.plan.rate)
+        report.write(page, report.Asked(spec, facts, traffic_planned, options), draft)
 
 
 def read_facts(path: Path) -> plan.Facts:
@@ -105,15 +109,23 @@ def traffic(spec: Spec, replacing: Replacing) -> Workload | None:
     context = plan.context_length(spec)
     if replacing.lengths:
         table = workload.read_lengths(replacing.lengths)
-        fits = table.input.astype(np.int64) + table.output <= context
-        said = _left_out(replacing.lengths, len(table) - int(fits.sum()), len(table), context)
-        lengths = replace(table, input=table.input[fits], output=table.output[fits])
+        lengths, out = table.within(context)
+        said = _left_out(replacing.lengths, out, len(table), context)
         return Workload(spec.workload.rate, 1.0, lengths, f"{replacing.lengths.name}{said}")
     if replacing.trace is None:
         return None
-    whole = workload.read_trace(replacing.trace, context_length=context)
+    engine = engines.engine(spec.engine.type)
+    whole = workload.read_trace(
+        replacing.trace,
+        context_length=context,
+        cache_blocks=replacing.cache_blocks if engine.prefix_cache else 0,
+    )
+    if not engine.prefix_cache:
+        whole = replace(whole, cached=None)
     requests, out = whole.within(context)
     said = _left_out(replacing.trace, out, len(whole), context)
+    if share := requests.cached_share():
+        said += f"; {share:.0%} of the prompt tokens found in a prefix cache"
     found = workload.from_trace(requests, f"{replacing.trace.name}, its own arrivals{said}")
     rate = _rate(replacing.rate)
     return replace(found, rate=rate) if rate else found

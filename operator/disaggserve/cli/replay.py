@@ -111,7 +111,7 @@ def _table(subject: Subject, judged: Judged, found: list[Window]) -> None:
     broken = sum(w.prediction.attainment < target for w in found)
     show.out(
         f"attainment {show.share(judged.prediction)}, target {target:.0%}, of {judged.prediction.requests} requests on "
-        f"{subject.gpus} GPUs, simulated; below the target in {broken} of {len(found)} windows"
+        f"{show.gpus(subject.gpus)}, simulated; below the target in {broken} of {len(found)} windows"
     )
     show.out(f"step times: {subject.latency_source}")
 

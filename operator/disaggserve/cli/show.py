@@ -139,6 +139,10 @@ def rate(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.3g} req/s"
 
 
+def gpus(count: int) -> str:
+    return f"{count} GPU" if count == 1 else f"{count} GPUs"
+
+
 def table(*columns: str) -> Table:
     return Table(*columns, box=None, pad_edge=False)
 

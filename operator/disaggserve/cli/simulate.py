@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from disaggserve import simulate
+from disaggserve.api.errors import InvalidInput
 from disaggserve.cli import show, traffic
 from disaggserve.cli.subject import Subject
 from disaggserve.cli.traffic import Judged, Traffic
@@ -42,7 +43,9 @@ def _values(subject: Subject, sent: Traffic, judged: Judged) -> dict[str, Any]:
         "rate": show.figure(sent.rate),
         "gpus": subject.gpus,
         "leftOut": sent.left_out,
+        "cachedShare": show.figure(judged.requests.cached_share()),
         "breakdown": {name: show.figure(value) for name, value in _parts(subject, judged).items()},
+        "engine": subject.engine,
         "latencySource": subject.latency_source,
         "digest": judged.digest,
     }
@@ -55,13 +58,15 @@ def _table(subject: Subject, sent: Traffic, judged: Judged) -> None:
     table.add_row("TPOT", *map(show.duration, p.tpot), show.duration(promise.tpot_s))
     show.out(
         f"attainment {show.share(p)}, target {promise.attainment:.0%}, of {p.requests} requests at "
-        f"{show.rate(sent.rate)} on {subject.gpus} GPUs, simulated"
+        f"{show.rate(sent.rate)} on {show.gpus(subject.gpus)}, simulated"
     )
     show.out(table)
     words = {"decodeWait": "wait for decode"}
     if parts := _parts(subject, judged):
         show.out("mean: " + ", ".join(f"{words.get(n, n)} {show.duration(v)}" for n, v in parts.items()))
-    show.out(f"step times: {subject.latency_source}")
+    if share := judged.requests.cached_share():
+        show.out(f"prompt tokens found in the prefix cache: {share:.1%}")
+    show.out(f"engine: {subject.engine}; step times: {subject.latency_source}")
 
 
 def _write(path: Path, judged: Judged) -> None:
@@ -69,7 +74,11 @@ def _write(path: Path, judged: Judged) -> None:
     requests, outcome = judged.requests, judged.outcome
     ttft = (outcome.first_ns - requests.arrival_ns) / 1e9
     tpot = (outcome.last_ns - outcome.first_ns) / 1e9 / np.maximum(requests.output - 1, 1)
-    with path.open("w", newline="") as file:
+    try:
+        file = path.open("w", newline="")
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be written: {error.strerror}") from None
+    with file:
         out = csv.writer(file)
         out.writerow(["arrival_s", "input_tokens", "output_tokens", "ttft_s", "tpot_s"])
         for k in range(len(requests)):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ class Subject:
     inputs: dict[str, Any]  # what the deployment was made of, for digests
 
     @property
+    def engine(self) -> str:
+        return str(self.inputs["engine"])
+
+    @property
     def latency_source(self) -> str:
         pools = (*self.deployment.prefill, *self.deployment.mixed, *self.deployment.decode)
         return "; ".join(dict.fromkeys(p.times.provenance.describe() for p in pools))
@@ -58,40 +62,56 @@ def one(plan: Path | None, shape: str | None, given: Given) -> Subject:
 
 
 def several(plans: Sequence[Path], groups: Sequence[str], given: Given) -> list[Subject]:
-    """All plans and shapes; what only shapes take is not said twice to plans."""
-    limits = (
-        dataclasses.replace(given, model=None, gpu=None, engine=None, link=None, profile=None)
-        if groups
-        else given
-    )
-    return [from_plan(path, limits) for path in plans] + [from_shape(shape, given) for shape in groups]
+    """All plans and shapes. With shapes among them, what only those take is not for the plans."""
+    return [from_plan(path, given, among_shapes=bool(groups)) for path in plans] + [
+        from_shape(shape, given) for shape in groups
+    ]
 
 
-def from_plan(path: Path, given: Given) -> Subject:
+def from_plan(path: Path, given: Given, *, among_shapes: bool = False) -> Subject:
     """A plan as `disaggserve plan -o json` prints it, or as `status.plan` holds it. Raises `InvalidInput`."""
-    for name in ("model", "gpu", "engine", "link", "profile"):
-        if getattr(given, name) is not None:
+    for name in ("model", "gpu", "engine", "link"):
+        if getattr(given, name) is not None and not among_shapes:
             raise typer.BadParameter(f"{path} says its own; leave --{name} out", param_hint=f"--{name}")
     planned = _read(path)
     setting = planned.setting
     if setting is None:
         raise InvalidInput(f"{path}: setting is missing: this plan does not say model, GPU and promise")
-    deployment, promise = plan.replay(planned)
+    profile = None if among_shapes and setting.profile is None else _profile(given)
+    deployment, promise = plan.replay(planned, profile)
     config = json.loads(setting.config) if setting.config else None
     model = (
         catalogue.model(setting.model)
         if config is None
         else catalogue.model_from_config(setting.model, config)
     )
-    groups = [shapes.Shape(r.role, r.count, r.tp, r.pp) for r in planned.roles]
     return Subject(
         path.stem,
         deployment,
         _promise(given, promise),
         planned.gpus,
         model.max_positions,
-        _inputs(setting.model, config, setting.engine, setting.gpu, setting.link, groups, None),
+        {
+            "model": [setting.model, config],
+            "engine": setting.engine,
+            "gpu": [setting.gpu, setting.decode_gpu or setting.gpu],
+            "link": setting.link,
+            "groups": _groups(shapes.Shape(r.role, r.count, r.tp, r.pp) for r in planned.roles),
+            "profile": profile and profile.digest,
+        },
     )
+
+
+def _profile(given: Given) -> latency.Profile | None:
+    return latency.Profile.load(given.profile) if given.profile else None
+
+
+def _groups(groups: Iterable[shapes.Shape]) -> list[list[str | int | None]]:
+    """In an order of their own; instances of one kind count together."""
+    counts: Counter[shapes.Shape] = Counter()
+    for group in groups:
+        counts[dataclasses.replace(group, count=1)] += group.count
+    return sorted((dataclasses.replace(g, count=n).values() for g, n in counts.items()), key=str)
 
 
 def _read(path: Path) -> Plan:
@@ -115,14 +135,17 @@ def from_shape(shape: str, given: Given) -> Subject:
     assert given.model is not None
     assert given.gpu is not None
     groups = shapes.parse(shape)
-    profile = latency.Profile.load(given.profile) if given.profile else None
+    profile = _profile(given)
     model, gpu = catalogue.model(given.model), catalogue.gpu(given.gpu)
     if profile is not None and not profile.covers(model, gpu):
         raise InvalidInput(
             f"profile {given.profile} has no measured step times of {model.id} on {gpu.product}"
         )
-    engine = engines.engine(given.engine or "torch")
+    measured_on = profile.engine if profile is not None else None
+    engine = engines.engine(given.engine or measured_on or "torch")
     link = given.link or "rdma"
+    if link == "nvlink" and not gpu.nvlink_bytes_s:
+        raise InvalidInput(f"{gpu.product} has no NVLink; give --link pcie")
     deployment = shapes.deployment(model, engine, gpu, groups, link, profile)
     return Subject(
         shape,
@@ -130,7 +153,14 @@ def from_shape(shape: str, given: Given) -> Subject:
         _promise(given, None),
         sum(g.gpus for g in groups),
         model.max_positions,
-        _inputs(model.id, None, engine.name, gpu.product, link, groups, given.profile),
+        {
+            "model": [model.id, None],
+            "engine": engine.name,
+            "gpu": [gpu.product, gpu.product],
+            "link": link,
+            "groups": _groups(groups),
+            "profile": profile and profile.digest,
+        },
     )
 
 
@@ -151,17 +181,3 @@ def limit(name: str, value: str | None) -> float:
     if not found > 0:
         raise typer.BadParameter(f"is {value}; it takes a duration above 0", param_hint=f"--{name}")
     return found
-
-
-def _inputs(
-    model: str, config: Any, engine: str, gpu: str, link: str, groups: list[shapes.Shape] | tuple[shapes.Shape, ...],
-    profile: Path | None,
-) -> dict[str, Any]:  # fmt: skip
-    return {
-        "model": [model, config],
-        "engine": engine,
-        "gpu": gpu,
-        "link": link,
-        "groups": sorted((g.values() for g in groups), key=str),
-        "profile": hashlib.sha256(profile.read_bytes()).hexdigest() if profile else None,
-    }

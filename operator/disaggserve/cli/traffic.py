@@ -11,15 +11,16 @@ from typing import Any
 
 import typer
 
-from disaggserve import simulate, workload
+from disaggserve import engines, simulate, workload
 from disaggserve.api.errors import InvalidInput
 from disaggserve.api.plan import digest
 from disaggserve.cli.subject import Subject, limit
 from disaggserve.simulate import Outcome, Prediction
-from disaggserve.workload import Requests, Workload
+from disaggserve.workload import Lengths, Requests, Workload
 
 WARMUP_S = 60.0
 COOLDOWN_S = 15.0  # of requests after the judged ones, which would else decode on an emptying instance
+MOST = 10_000_000  # requests of one draw
 ENOUGH = 300  # requests of one run, for a goodput
 
 
@@ -31,21 +32,9 @@ class Given:
     cache_blocks: int | None = None
     lengths: str | None = None
     rate: float | None = None
-    duration_s: float = 600.0
+    duration: str = "600s"
     cv: float = 1.0
     seeds: tuple[int, ...] = (0,)
-
-
-def given(
-    trace: Path | None,
-    cache_blocks: int | None,
-    lengths: str | None,
-    rate: float | None,
-    duration: str,
-    cv: float,
-    seeds: Sequence[int] | None,
-) -> Given:
-    return Given(trace, cache_blocks, lengths, rate, limit("duration", duration), cv, tuple(seeds or (0,)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,24 +71,36 @@ def load(given: Given, context_length: int) -> Traffic:
     if given.rate is None:
         raise typer.BadParameter("is missing: lengths say nothing of when requests come", param_hint="--rate")
     assert given.lengths is not None
-    table = (
-        workload.preset(given.lengths)
-        if given.lengths in workload.PRESETS
-        else workload.read_lengths(given.lengths)
-    )
-    traffic = Workload(given.rate, given.cv, table.scaled(1.0, context_length), "options")
-    end_s = WARMUP_S + given.duration_s
+    table, left_out = _lengths(given.lengths, context_length)
+    traffic = Workload(given.rate, given.cv, table, "options")
+    duration_s = limit("duration", given.duration)
+    end_s = WARMUP_S + duration_s
+    if given.rate * end_s > MOST:
+        raise InvalidInput(
+            f"{given.rate:g} req/s for {duration_s:g} s are more than {MOST:,} requests; lower --rate or --duration"
+        )
     seeds = tuple(dict.fromkeys(given.seeds))
     runs = tuple(traffic.requests(end_s + COOLDOWN_S, seed) for seed in seeds)
     lengths = [traffic.lengths.input.tolist(), traffic.lengths.output.tolist()]
     inputs = {
         "lengths": digest(lengths),
+        "leftOut": left_out,
         "rate": given.rate,
         "cv": given.cv,
-        "duration": given.duration_s,
+        "duration": duration_s,
         "seeds": seeds,
     }
-    return Traffic(runs, WARMUP_S, end_s, given.rate, traffic, 0, inputs)
+    return Traffic(runs, WARMUP_S, end_s, given.rate, traffic, left_out, inputs)
+
+
+def _lengths(name: str, context_length: int) -> tuple[Lengths, int]:
+    """A preset, cut to the context as a plan's first guess is; or a file's rows that fit it, and how many do not."""
+    if name in workload.PRESETS:
+        return workload.preset(name).scaled(1.0, context_length), 0
+    whole = workload.read_lengths(name)
+    table, left_out = whole.within(context_length)
+    _say_left_out(name, left_out, len(whole), context_length)
+    return table, left_out
 
 
 def trace(path: Path, cache_blocks: int | None, context_length: int) -> tuple[Requests, int]:
@@ -110,13 +111,17 @@ def trace(path: Path, cache_blocks: int | None, context_length: int) -> tuple[Re
         raise InvalidInput(
             f"{path}: every one of its {left_out} requests is longer than the context of {context_length} tokens"
         )
+    _say_left_out(path, left_out, len(read), context_length)
+    return requests, left_out
+
+
+def _say_left_out(where: object, left_out: int, of: int, context_length: int) -> None:
     if left_out:
         print(
-            f"{path}: {left_out} of {len(read)} requests ({left_out / len(read):.1%}) are left out: prompt and "
-            f"answer exceed the context of {context_length} tokens",
+            f"{where}: {left_out} of {of} requests ({left_out / of:.1%}) are left out: prompt and answer exceed "
+            f"the context of {context_length} tokens",
             file=sys.stderr,
         )
-    return requests, left_out
 
 
 def of(requests: Requests, left_out: int) -> Traffic:
@@ -130,8 +135,8 @@ def of(requests: Requests, left_out: int) -> Traffic:
 
 
 def send(subject: Subject, traffic: Traffic) -> Judged:
-    """The traffic on one subject, all runs judged together."""
-    runs = [(r, simulate.run(subject.deployment, r)) for r in traffic.runs]
+    """The traffic on one subject, all runs judged together. The digest holds the inputs and who kept the promise."""
+    runs = [(r, simulate.run(subject.deployment, r)) for r in _cached_by(subject, traffic)]
     requests, outcome = simulate.joined(runs, traffic.begin_s, traffic.end_s)
     kept = simulate.kept(requests, outcome, subject.promise)
     p = subject.promise
@@ -150,12 +155,25 @@ def send(subject: Subject, traffic: Traffic) -> Judged:
     )
 
 
+def _cached_by(subject: Subject, traffic: Traffic) -> list[Requests]:
+    """The runs, without what a prefix cache holds where the engine has none, which is said on stderr."""
+    share = traffic.runs[0].cached_share()
+    if not share or engines.engine(subject.engine).prefix_cache:
+        return list(traffic.runs)
+    print(
+        f"engine {subject.engine} has no prefix cache: prompts are computed whole, though {share:.1%} of their tokens "
+        "could be found in one",
+        file=sys.stderr,
+    )
+    return [dataclasses.replace(r, cached=None) for r in traffic.runs]
+
+
 def goodput(subject: Subject, traffic: Traffic, seeds: Sequence[int]) -> float:
     """Highest rate at which the subject keeps its promise, req/s, for the same traffic come faster or slower.
 
     Raises `BadTrace` for a trace without a rate.
     """
-    drawn = traffic.drawn or workload.from_trace(traffic.runs[0], "trace")
+    drawn = traffic.drawn or workload.from_trace(_cached_by(subject, traffic)[0], "trace")
     duration_s = traffic.end_s - traffic.begin_s
 
     def attain(rate: float) -> float:

@@ -177,10 +177,12 @@ def place(problem: Problem, profile: Profile, resolution: float = 0.25) -> Place
         raise InvalidInput(
             f"resolution is {resolution}; write req/s per GPU above 0 and below {MOST_PER_GPU:g}"
         )
+    if profile.source != "profile" or profile.product is None:
+        raise InvalidInput(
+            f"as published: {profile.name} is not in the public code's form; give DistServe's JSON"
+        )
     model, promise = problem.model, problem.promise
     known = tables(model, profile)
-    if profile.product is None:
-        raise InvalidInput(f"as published: {profile.name} does not say its GPU; fit it with --gpu")
     inventory = _of_product(problem.inventory, profile.product)
     affinity, reason = hardware.affinity(inventory, problem.affinity)
     high = affinity == "High" if problem.algorithm == "DistServe" else problem.algorithm == "HighAffinity"

@@ -9,7 +9,8 @@ The rules (our engine's, REFERENCE § 4), which tests/oracle.py says once more i
   after another; the next may enter a stage when that is free. At its end every prompt of it has its first token.
 * It then goes to the decode instance with the fewest KV tokens: prompts and tokens made so far of everything
   assigned there and not finished (`dispatch.choose_decode`; a step in progress has made none yet).
-* Decode admits the head of its waiting list when ceil((input + 1) / 16) blocks are free, and reserves them. The
+* Decode admits the head of its waiting list when ceil((input + 1) / 16) blocks are free beside 1 % of all its
+  blocks (or all are free), and takes them. The
   transfer takes the link, one at a time per decode instance, for bytes/bandwidth + latency; the prompt's blocks
   at prefill are held until it ends (back-pressure). The request then goes to the lane with the fewest requests
   (an instance has pp of them) and joins at that lane's next step boundary.

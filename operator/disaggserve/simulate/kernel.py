@@ -56,11 +56,13 @@ REQUEST_COLUMNS = 16
 (
     I_LANE, I_PP, I_TABLE, I_PREFILLS, I_DECODES, I_CHUNKED, I_TOKENS, I_REQUESTS, I_SLACK, I_MARK, I_PULLED,
     I_LINK, I_OUTSIDE, I_QHEAD, I_QTAIL, I_WHEAD, I_WTAIL, I_BHEAD, I_BTAIL, I_THEAD, I_TTAIL,
-) = range(21)  # fmt: skip
-INSTANCE_COLUMNS = 21
+    I_BLOCKS, I_RESERVE,
+) = range(23)  # fmt: skip
+INSTANCE_COLUMNS = 23
 I_CHAINS = (I_QHEAD, I_WHEAD, I_BHEAD, I_THEAD)
 # MARK, PULLED: inline pulls go on while those pulled and not in a batch hold fewer blocks than MARK. OUTSIDE:
-# KV tokens of what is assigned here for decode and in no lane's batch.
+# KV tokens of what is assigned here for decode and in no lane's batch. RESERVE, of all its BLOCKS: stay free when
+# decode admits, unless all are.
 
 # One row per lane. The plan: from T0, after EXTRA ticks for prompts, recomputes and swaps, K decode steps of
 # E + Q·i (i = 0 … K−1) ticks; the first STEPS of them take SPAN. C = Σ (context + 1) of its N-th step, B
@@ -153,10 +155,13 @@ def _prefill_ns(c: Costs, table: int, total: int) -> float:
 
 
 @compiled
-def _prompt_ticks(c: Costs, table: int, total: int, squares: int, batch: int, fixed: int) -> Any:
-    """Ticks that prompts add to a decode step of `batch` requests, whose GEMMs alone take `fixed`."""
-    if batch == 0:
-        return max(1, int(np.rint((_prefill_ns(c, table, total) + c.quad[table] * squares) * 1024.0)))
+def _prefill_ticks(c: Costs, table: int, total: int, squares: int) -> Any:
+    return max(1, int(np.rint((_prefill_ns(c, table, total) + c.quad[table] * squares) * 1024.0)))
+
+
+@compiled
+def _chunk_ticks(c: Costs, table: int, total: int, squares: int, batch: int, fixed: int) -> Any:
+    """Ticks that chunks add to a decode step of `batch` requests, whose matrix products alone take `fixed`."""
     linear = int(np.rint(_prefill_ns(c, table, total + batch) * 1024.0))
     return max(0, linear - fixed) + int(np.rint(c.quad[table] * squares * 1024.0))
 
@@ -283,12 +288,19 @@ def _transfer(w: World, r: int, i: int, t: int) -> None:
     begin = min(t, w.reqs[r, READY])
     end = max(begin, w.insts[i, I_LINK]) + _move_ticks(w, w.reqs[r, INPUT])
     if w.overlap:
-        end = max(end, t + _move_ticks(w, min(16, w.reqs[r, INPUT])))
+        end = max(end, t + _move_ticks(w, min(w.reqs[r, INPUT], 16)))
     w.insts[i, I_LINK] = end
     w.reqs[r, MOVED] = end
     if w.insts[i, I_THEAD] < 0:
         schedule(w.tree, w.when, _TRANSFERS + i, end)
     append(w.reqs, w.insts, i, I_THEAD, r)
+
+
+@inlined
+def _room(w: World, i: int) -> Any:
+    """Blocks that decode may take for a request."""
+    slack = w.insts[i, I_SLACK]
+    return slack if slack == w.insts[i, I_BLOCKS] else slack - w.insts[i, I_RESERVE]
 
 
 @compiled
@@ -302,10 +314,10 @@ def _admit(w: World, i: int, t: int, seen: int) -> None:
         if r < 0:
             return
         need = _blocks(reqs[r, INPUT] + reqs[r, DONE] + 1)
-        if need > insts[i, I_SLACK] and not tight:
+        if need > _room(w, i) and not tight:
             _cut(w, i, t, seen)
             tight = True
-        if need > insts[i, I_SLACK]:
+        if need > _room(w, i):
             return
         insts[i, I_SLACK] -= need
         insts[i, chain] = reqs[r, NXT]
@@ -381,10 +393,10 @@ def _prefill_instance(n: Routing, r: int, tokens: int) -> Any:
 
 
 @compiled
-def _look(w: World, n: Routing, t: int) -> None:
+def _look(w: World, n: Routing, t: int, seen: int) -> None:
     """The routers' common snapshot of all loads, at an instant before anything else happens at it."""
     queued, loads, views = n.queued, n.loads, n.views
-    _measure(w, loads, t, -1)
+    _measure(w, loads, t, seen)
     for p in range(len(queued)):
         views[0, p] = queued[p]
     for j in range(len(loads)):
@@ -426,11 +438,13 @@ def _prefilled(w: World, n: Routing, r: int, i: int, ready: int, t: int, seen: i
     d = i
     if not w.sticky:
         d = _decode_instance(w, n, r, t, seen)
-        if d != i and insts[i, I_DECODES]:  # it may stay; so it never waits for a full one, which may wait for this
+        if (
+            d != i and insts[i, I_DECODES]
+        ):  # it may stay; so it never waits for a full one, which may wait for this
             need = _blocks(reqs[r, INPUT] + 1)
-            if need > insts[d, I_SLACK]:
+            if need > _room(w, d):
                 _cut(w, d, t, seen)
-            if need > insts[d, I_SLACK] or insts[d, I_WHEAD] >= 0 or insts[d, I_BHEAD] >= 0:
+            if need > _room(w, d) or insts[d, I_WHEAD] >= 0 or insts[d, I_BHEAD] >= 0:
                 d = i
     insts[d, I_OUTSIDE] += reqs[r, INPUT] + 1
     if d == i:
@@ -586,7 +600,7 @@ def _grow(w: World, c: Costs, k: int, i: int) -> int:
             extra += reqs[r, OWED]
             append(reqs, insts, i, I_BHEAD, r)
         else:
-            reqs[r, OWED] = _prompt_ticks(c, insts[i, I_TABLE], tokens, tokens * tokens, 0, 0)
+            reqs[r, OWED] = _prefill_ticks(c, insts[i, I_TABLE], tokens, tokens * tokens)
             prepend(reqs, insts, i, I_BHEAD, r)
     insts[i, I_SLACK] -= needed
     return extra
@@ -705,8 +719,10 @@ def _begin(w: World, c: Costs, k: int, i: int, t: int, seen: int) -> Any:
             fixed = c.base[table, last] + (c.base[table, last] - c.base[table, last - 1]) * (size - last)
             slope = c.ctx[table, last]
         lanes[k, L_FRESH] = 0
-    if total > 0:
-        extra += _prompt_ticks(c, table, total, squares, size, fixed)
+    if total > 0 and size > 0:
+        extra += _chunk_ticks(c, table, total, squares, size, fixed)
+    elif total > 0:
+        extra += _prefill_ticks(c, table, total, squares)
     one = extra + fixed + slope * lanes[k, L_C]
     end = t + one
     lanes[k, L_RUNNING] = 1
@@ -809,17 +825,19 @@ def serve(w: World, n: Routing, c: Costs, requests: Any, times: Any) -> int:
             schedule(tree, when, _VIEW, n.age)
 
     events = 0
-    seen, seen_at = -1, -1
+    none = np.int64(-1)  # a literal is a type of its own: all that gets it would be compiled twice
+    seen, seen_at = none, none
     while True:
         source = tree[1]
         t = when[source]
         if t == NEVER:
             break
         events += 1
+        if seen_at != t:
+            seen, seen_at = none, t
         if source >= lane_source:
             k = source - lane_source
-            seen = max(seen, k) if seen_at == t else k
-            seen_at = t
+            seen = max(seen, k)
             i = lanes[k, L_INSTANCE]
             if lanes[k, L_RUNNING]:
                 lanes[k, L_RUNNING] = 0
@@ -830,32 +848,30 @@ def serve(w: World, n: Routing, c: Costs, requests: Any, times: Any) -> int:
             r = insts[i, I_THEAD]
             insts[i, I_THEAD] = reqs[r, NXT]
             schedule(tree, when, source, reqs[reqs[r, NXT], MOVED] if reqs[r, NXT] >= 0 else NEVER)
-            _release(w, reqs[r, PREFILLER], _held(insts, reqs, reqs[r, PREFILLER], r), t, -1)
-            _join(w, r, i, t, -1)
+            _release(w, reqs[r, PREFILLER], _held(insts, reqs, reqs[r, PREFILLER], r), t, seen)
+            _join(w, r, i, t, seen)
         elif source == _ARRIVALS:
             r = coming
             coming += 1
             while coming < count and reqs[coming, STEPS] < 0:
                 coming += 1
-            schedule(
-                tree, when, source, (requests[0, coming] - origin) * TICKS if coming < count else NEVER
-            )
+            schedule(tree, when, source, (requests[0, coming] - origin) * TICKS if coming < count else NEVER)
             if prefills:
                 p = _prefill_instance(n, r, reqs[r, INPUT])
                 reqs[r, PREFILLER] = p
             else:
                 reqs[r, FIRST] = t
             if reqs[r, STEPS] > 0 and (w.pushes or not prefills):
-                d = _decode_instance(w, n, r, t, -1)
+                d = _decode_instance(w, n, r, t, seen)
                 reqs[r, DECODER] = d
                 insts[d, I_OUTSIDE] += reqs[r, INPUT] + 1
-                _wait_for_decode(w, r, d, t, -1)
+                _wait_for_decode(w, r, d, t, seen)
             elif prefills:
-                _queue_prompt(w, r, t, -1)
+                _queue_prompt(w, r, t, seen)
             else:
                 reqs[r, LAST] = t
         else:
-            _look(w, n, t)
+            _look(w, n, t, seen)
             schedule(tree, when, source, NEVER)
             if when[tree[1]] < NEVER:
                 schedule(tree, when, source, t + n.age)

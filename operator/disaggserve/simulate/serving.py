@@ -16,6 +16,7 @@ from disaggserve.simulate import kernel
 from disaggserve.workload import Requests
 
 Times = npt.NDArray[np.int64]
+RESERVE = 100  # of so many blocks one stays free when decode admits: room to grow, or it preempts at once
 _MAX_SPAN_NS = 2**50  # 13 days of arrivals: leaves room in 63 bits of ticks for queues to drain
 
 
@@ -162,6 +163,7 @@ def _serve(d: Deployment, requests: Requests, *, moves: bool) -> Outcome:
         own[:, kernel.I_CHUNKED] = pool.policy == "chunked"
         own[:, kernel.I_TOKENS], own[:, kernel.I_REQUESTS] = pool.batch_tokens, pool.batch_requests
         own[:, kernel.I_SLACK] = pool.blocks
+        own[:, kernel.I_BLOCKS], own[:, kernel.I_RESERVE] = pool.blocks, pool.blocks // RESERVE
         own[:, kernel.I_MARK] = math.ceil(d.pull_below * pool.blocks)
     # No lane holds more requests than its instance has blocks.
     lanes, heaps, tree, when = kernel.lay_out(insts, min(n, max((p.blocks for p in decodes), default=1)))

@@ -44,6 +44,18 @@ class Lengths:
     def __len__(self) -> int:
         return len(self.input)
 
+    def within(self, context_length: int) -> tuple[Lengths, int]:
+        """The rows whose prompt and answer fit the model's context together, and how many were left out.
+
+        Raises `BadLengths` where none fits.
+        """
+        fits = self.input.astype(np.int64) + self.output <= context_length
+        if not fits.any():
+            raise BadLengths(
+                f"lengths {self.name}: every request is longer than the context of {context_length} tokens"
+            )
+        return Lengths(self.name, self.input[fits], self.output[fits]), int(np.count_nonzero(~fits))
+
     def scaled(self, input_scale: float, context_length: int) -> Lengths:
         """Prompts × `input_scale`, rounded, at least 1; then cut to the model's context.
 

@@ -49,6 +49,12 @@ class Requests:
         fits = self.input.astype(np.int64) + self.output <= context_length
         return self.take(fits), int(len(fits) - np.count_nonzero(fits))
 
+    def cached_share(self) -> float:
+        """Of all prompt tokens, those found in a prefix cache."""
+        if self.cached is None:
+            return 0.0
+        return float(self.cached.sum(dtype=np.int64) / self.input.sum(dtype=np.int64))
+
     def faster(self, speed: float) -> Requests:
         """The same in 1/`speed` of the time from the first arrival, rounded to 1 µs. Raises `WorkloadError`."""
         if not 0 < speed < 1e6:

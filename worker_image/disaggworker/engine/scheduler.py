@@ -1,7 +1,8 @@
 """Who is in the next step. Decides only: no tensor, no thread, no clock.
 
-First come, first served. A prompt's blocks are taken whole before its prefill or its pull; blocks grow with the answer;
-when none is free the last of the batch is put back and computed again, before anybody new (REFERENCE § 4).
+First come, first served. A prompt's blocks are taken whole before its prefill or its pull, for decode while 1 % of all stay
+free; blocks grow with the answer; when none is free the last of the batch is put back and computed again, before anybody new
+(REFERENCE § 4).
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from collections import deque
 
 from disaggworker.engine.sequence import Sequence
-from disaggworker.kv.blocks import BlockManager, blocks_for
+from disaggworker.kv.blocks import Allocation, BlockManager, blocks_for
 
 MAX_BATCH_REQUESTS = 256
+RESERVE = 100  # of so many blocks one stays free when decode admits: room to grow, or it preempts at once
 
 
 class Scheduler:
@@ -61,14 +63,22 @@ class Scheduler:
         # Who was put back goes first: its blocks must not go to a newcomer.
         while self.waiting and not self.preempted and not self.may_prefill:
             head = self.waiting[0]
-            head.kv = self.blocks.allocate(blocks_for(len(head.prompt)))
+            head.kv = self._take(blocks_for(len(head.prompt)))
             if head.kv is None:
                 break
             admitted.append(self.waiting.popleft())
         return admitted
 
+    def _take(self, count: int) -> Allocation | None:
+        """Blocks to decode with, none where that leaves too few to grow into; all of an instance are for whoever is alone."""
+        free, total = self.blocks.free, self.blocks.total
+        if free < total and count > free - total // RESERVE:
+            return None
+        return self.blocks.allocate(count)
+
     def prefill_batch(self) -> list[Sequence]:
         """Sequences to compute whole: those put back, else new ones; up to `batch_tokens`, a longer one alone."""
+        again = bool(self.preempted)
         queue = self.preempted or (self.waiting if self.may_prefill else None)
         batch: list[Sequence] = []
         tokens = 0
@@ -76,7 +86,8 @@ class Scheduler:
             head = queue[0]
             if batch and tokens + head.length > self.batch_tokens:
                 break
-            head.kv = self.blocks.allocate(blocks_for(head.length))
+            count = blocks_for(head.length)
+            head.kv = self._take(count) if again else self.blocks.allocate(count)
             if head.kv is None:
                 break
             tokens += head.length

@@ -15,16 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from disaggserve import plan as planning
 from disaggserve.api.errors import InvalidInput
-from disaggserve.api.spec import Spec
 from disaggserve.cli.report import curves
-from disaggserve.workload import Workload
+from disaggserve.cli.report.curves import Asked
 
 PAGE = "index.html"
+__all__ = ["PAGE", "Asked", "write"]
 
 
-def write(
-    directory: Path, spec: Spec, facts: planning.Facts, draft: planning.Draft, workload: Workload
-) -> Path:
+def write(directory: Path, asked: Asked, draft: planning.Draft) -> Path:
     """Writes the page and returns its path. Raises InvalidInput where the folder cannot be written."""
     try:
         from disaggserve.cli.report import page
@@ -36,10 +34,11 @@ def write(
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / PAGE
         with _progress() as tell:
-            found = curves.collect(spec, facts, draft, workload, tell)
+            found = curves.collect(asked, draft, tell)
             tell("drawing", 0, 1)
             path.write_text(
-                page.render(spec, draft, planning.inventory(spec, facts), found), encoding="utf-8"
+                page.render(asked.spec, draft, planning.inventory(asked.spec, asked.facts), found),
+                encoding="utf-8",
             )
     except OSError as error:
         raise InvalidInput(

@@ -7,7 +7,8 @@ differ by their plans and not by their luck. Rates are req/s, times are seconds,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,19 +18,23 @@ import numpy.typing as npt
 from disaggserve import plan as planning
 from disaggserve import search, simulate
 from disaggserve.api.errors import Infeasible
-from disaggserve.api.plan import Plan
+from disaggserve.api.plan import Plan, RolePlan
 from disaggserve.api.spec import Spec
-from disaggserve.latency import Provenance
+from disaggserve.latency import Profile, Provenance
+from disaggserve.search.predicting import FRESH_SEEDS
 from disaggserve.simulate import Deployment, Outcome, Parts, Pool, Prediction, Promise
 from disaggserve.workload import Requests, Workload
 
 Tell = Callable[[str, int, int], None]  # what is being done, how many of it are done, of how many
 Algorithm = Literal["Joint", "DistServe", "HighAffinity", "LowAffinity"]
 
+MOST_CURVES = 4
+_GROUP = re.compile(r"(prefill|decode) (\d{1,3})×tp(\d{1,2})(?:pp(\d{1,2}))?")
 SCALES = (0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5, 1.75, 2.0)  # of both limits of the promise
 GROWTH = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # of the planned rate
 STEPS_PER_OCTAVE = 8  # rates simulated for a curve: 9 % apart
 LOWEST_STEP, HIGHEST_STEP = -32, 40  # 1/16 to 32 times the planned rate
+SEEDS = FRESH_SEEDS[:5]
 ENOUGH = 4000  # requests a seed for a point of a curve
 SHOWN_ATTAINMENT = 0.3  # a curve is drawn down to here
 PERCENTILES = (50, 90, 99)
@@ -43,7 +48,7 @@ PARTS_MEANING = {
         "and for the link counts as prefill here."
     ),
 }
-ALGORITHMS: tuple[Algorithm, ...] = ("HighAffinity", "LowAffinity")
+ALGORITHMS: tuple[Algorithm, ...] = ("Joint", "HighAffinity", "LowAffinity")
 NAMES = {
     "Joint": "joint",
     "DistServe": "DistServe (the fabric chooses)",
@@ -124,12 +129,42 @@ class Report:
     provenance: tuple[Provenance, ...]
 
 
-def collect(
-    spec: Spec, facts: planning.Facts, draft: planning.Draft, workload: Workload, tell: Tell
-) -> Report:
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What the plan was asked for: searches for other rates and promises ask the same."""
+
+    spec: Spec
+    facts: planning.Facts
+    workload: Workload
+    options: planning.Options = planning.DEFAULT
+
+    def plan(
+        self, *, rate: float | None = None, scale: float = 1.0, algorithm: Algorithm | None = None
+    ) -> Plan:
+        """The fewest GPUs for that rate and the promise so scaled. Raises Infeasible."""
+        promise = planning.promise(self.spec)
+        limits = {
+            name: f"{limit_s * scale * 1000:.6f}ms"
+            for name, limit_s in (("ttft", promise.ttft_s), ("tpot", promise.tpot_s))
+        }
+        planner = {"algorithm": algorithm or self.spec.planner.algorithm}
+        spec = self.spec.model_copy(
+            update={
+                "slo": self.spec.slo.model_copy(update=limits),
+                "planner": self.spec.planner.model_copy(update=planner),
+                "plan": None,
+            }
+        )
+        workload = replace(self.workload, rate=rate or self.workload.rate)
+        options = planning.Options(profile=self.options.profile)
+        return planning.draft(spec, self.facts, workload, options=options).plan
+
+
+def collect(asked: Asked, draft: planning.Draft, tell: Tell) -> Report:
     """Simulate and search all that the page of this plan needs."""
-    promise = planning.promise(spec)
-    candidates = _candidates(spec, facts, draft, workload, tell)
+    workload = asked.workload
+    promise = planning.promise(asked.spec)
+    candidates = _candidates(asked, draft.plan, tell)
     curves = []
     for n, candidate in enumerate(candidates):
         tell("attainment by rate and promise", n, len(candidates))
@@ -143,8 +178,8 @@ def collect(
         curves=tuple(curves),
         breakdown=breakdown,
         first_token_from=chosen.first_token_from,
-        growth=_growth(spec, facts, workload, tell),
-        again=_again(spec, facts, workload, tell),
+        growth=_growth(asked, tell),
+        again=_again(asked, tell),
         provenance=tuple(dict.fromkeys(p.times.provenance for p in pools)),
     )
 
@@ -152,23 +187,38 @@ def collect(
 # ---- candidates
 
 
-def _candidates(
-    spec: Spec, facts: planning.Facts, draft: planning.Draft, workload: Workload, tell: Tell
-) -> list[Candidate]:
-    """The chosen plan, then what the other algorithms would have chosen, each shape once."""
-    found = [_candidate(draft.plan, "chosen", "")]
-    others = [a for a in ALGORITHMS if a != draft.plan.algorithm]
+def _candidates(asked: Asked, chosen: Plan, tell: Tell) -> list[Candidate]:
+    """The chosen plan, the search's own runners-up, then what other algorithms would have chosen; each shape once."""
+    profile = asked.options.profile
+    found = [_candidate(chosen, "chosen", "", profile)]
+    plans = [("runner-up", plan, why) for plan, why in _runners_up(chosen)]
+    others = [a for a in ALGORITHMS if a != chosen.algorithm]
     for n, algorithm in enumerate(others):
-        tell("runners-up", n, len(others))
+        tell("other algorithms", n, len(others))
         try:
-            other = _planned(spec, facts, workload, algorithm)
+            other = asked.plan(algorithm=algorithm)
         except Infeasible:
             continue
-        if _shape(other) not in [_shape(draft.plan), *(c.words for c in found)]:
-            found.append(
-                _candidate(other, NAMES[algorithm], _lost(other, draft.plan, spec.planner.algorithm))
-            )
+        plans.append((NAMES[algorithm], other, _lost(other, chosen, asked.spec.planner.algorithm)))
+    for name, plan, why in plans:
+        if len(found) < MOST_CURVES and _shape(plan) not in [c.words for c in found]:
+            found.append(_candidate(plan, name, why, profile))
     return found
+
+
+def _runners_up(chosen: Plan) -> Iterator[tuple[Plan, str]]:
+    """Those rejected that are named as a whole plan's words are, `prefill 2×tp1, decode 1×tp2pp2`, and why they lost."""
+    for rejected in chosen.rejected:
+        parts = [_GROUP.fullmatch(part) for part in rejected.what.split(", ")]
+        roles = tuple(
+            RolePlan(role=m[1], count=int(m[2]), tp=int(m[3]), pp=int(m[4] or 1))  # type: ignore[arg-type]
+            for m in parts
+            if m is not None
+        )
+        if len(roles) == len(parts) and {r.role for r in roles} == {r.role for r in chosen.roles}:
+            gpus = sum(r.gpus for r in roles)
+            update = {"roles": roles, "gpus": gpus, "paired": False}
+            yield chosen.model_copy(update=update), rejected.reason
 
 
 def _lost(other: Plan, chosen: Plan, asked: str) -> str:
@@ -180,9 +230,9 @@ def _lost(other: Plan, chosen: Plan, asked: str) -> str:
     return f"{what}; good for {theirs:.2f} req/s per GPU, the chosen for {mine:.2f}"
 
 
-def _candidate(plan: Plan, name: str, why: str) -> Candidate:
-    deployment = planning.replay(plan)[0]
-    copies = math.gcd(*(r.count for r in plan.roles)) if plan.algorithm == "LowAffinity" else 1
+def _candidate(plan: Plan, name: str, why: str, profile: Profile | None) -> Candidate:
+    deployment = planning.replay(plan, profile)[0]
+    copies = math.gcd(*(r.count for r in plan.roles)) if plan.paired else 1
     return Candidate(name, _shape(plan), plan.gpus, _share(deployment, copies), copies, why)
 
 
@@ -198,14 +248,6 @@ def _share(deployment: Deployment, copies: int) -> Deployment:
 def _shape(plan: Plan) -> str:
     roles = dict.fromkeys(r.role for r in plan.roles)
     return ", ".join(f"{role} {' + '.join(r.words() for r in plan.role(role))}" for role in roles)
-
-
-def _planned(
-    spec: Spec, facts: planning.Facts, workload: Workload, algorithm: Algorithm | None = None
-) -> Plan:
-    """The plan of a search, whatever is pinned or asked for. Raises Infeasible."""
-    planner = spec.planner.model_copy(update={"algorithm": algorithm or spec.planner.algorithm})
-    return planning.draft(spec.model_copy(update={"planner": planner, "plan": None}), facts, workload).plan
 
 
 # ---- attainment and goodput
@@ -224,7 +266,7 @@ class _Ladder:
     def judged(self, step: int, promise: Promise) -> Prediction:
         if step not in self._seen:
             at = replace(self._workload, rate=self.rate(step) / self._candidate.copies)
-            self._seen[step] = search.observe(self._candidate.deployment, at, enough=ENOUGH)
+            self._seen[step] = search.observe(self._candidate.deployment, at, seeds=SEEDS, enough=ENOUGH)
         return simulate.judge(*self._seen[step], promise)
 
     def goodput(self, promise: Promise, near: int) -> tuple[float, int]:
@@ -303,39 +345,30 @@ def _around(values: npt.NDArray[np.float64], percentile: float) -> npt.NDArray[n
 # ---- other rates, other promises
 
 
-def _growth(
-    spec: Spec, facts: planning.Facts, workload: Workload, tell: Tell
-) -> tuple[tuple[str, tuple[Step, ...]], ...]:
-    asked = spec.planner.algorithm
-    algorithms = dict.fromkeys((asked, "DistServe"))
+def _growth(asked: Asked, tell: Tell) -> tuple[tuple[str, tuple[Step, ...]], ...]:
+    algorithms = dict.fromkeys((asked.spec.planner.algorithm, "DistServe"))
     found = []
     for k, algorithm in enumerate(algorithms):
         steps = []
         for n, factor in enumerate(GROWTH):
             tell("GPUs by rate", k * len(GROWTH) + n, len(algorithms) * len(GROWTH))
-            at = replace(workload, rate=workload.rate * factor)
+            rate = asked.workload.rate * factor
             try:
-                plan = _planned(spec, facts, at, algorithm)
+                plan = asked.plan(rate=rate, algorithm=algorithm)
             except Infeasible as error:
-                steps.append(Step(at.rate, None, str(error)))
+                steps.append(Step(rate, None, str(error)))
             else:
-                steps.append(Step(at.rate, plan.gpus, _shape(plan)))
+                steps.append(Step(rate, plan.gpus, _shape(plan)))
         found.append((NAMES[algorithm], tuple(steps)))
     return tuple(found)
 
 
-def _again(spec: Spec, facts: planning.Facts, workload: Workload, tell: Tell) -> tuple[Again, ...]:
-    promise = planning.promise(spec)
+def _again(asked: Asked, tell: Tell) -> tuple[Again, ...]:
     found = []
     for n, scale in enumerate(SCALES):
         tell("plans for other promises", n, len(SCALES))
-        limits = {
-            name: f"{limit_s * scale * 1000:.6f}ms"
-            for name, limit_s in (("ttft", promise.ttft_s), ("tpot", promise.tpot_s))
-        }
-        scaled = spec.model_copy(update={"slo": spec.slo.model_copy(update=limits)})
         try:
-            plan = _planned(scaled, facts, workload)
+            plan = asked.plan(scale=scale)
         except Infeasible as error:
             found.append(Again(scale, None, 0.0, str(error)))
         else:

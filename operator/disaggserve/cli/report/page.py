@@ -105,6 +105,15 @@ def _cards(spec: Spec, p: Plan) -> str:
             1,
             (f"{p.goodput:.1f} req/s", "predicted goodput", f"{p.goodput_per_gpu:.2f} req/s per GPU{share}"),
         )
+    if p.cost is not None:
+        found.insert(
+            1,
+            (
+                f"{p.cost:,.2f}",
+                "cost per hour",
+                f"{p.cost / p.rate / 3.6:.3g} per 1,000 requests, by hardware.prices",
+            ),
+        )
     return "".join(
         f'<div class="card"><span>{escape(what)}</span><b>{escape(value)}</b><span>{escape(more)}</span></div>'
         for value, what, more in found
@@ -128,7 +137,9 @@ def _facts(spec: Spec, p: Plan) -> str:
     ]
     found += [(r.role.capitalize(), f"{r.count} × {_shape(r)}, on {_where(r)}") for r in p.roles]
     if setting:
-        found.append(("Hardware", f"{setting.gpu}; KV crosses {setting.link}; engine {setting.engine}"))
+        gpu = f"{setting.gpu}, decode on {setting.decode_gpu}" if setting.decode_gpu else setting.gpu
+        apart = "; each prefill stands with its decode in one container" if p.paired else ""
+        found.append(("Hardware", f"{gpu}; KV crosses {setting.link}{apart}; engine {setting.engine}"))
     found.append(
         (
             "Predicted",
@@ -146,6 +157,10 @@ def _facts(spec: Spec, p: Plan) -> str:
                 f"{p.bound:.2f} req/s per GPU by the datasheet alone, whatever the software; "
                 f"{p.goodput_per_gpu:.2f} is predicted, {p.bound_share:.0%} of it",
             )
+        )
+    if p.cost is not None:
+        found.append(
+            ("Cost", f"{p.cost:,.2f} per hour for {p.gpus} GPUs, in the currency of hardware.prices")
         )
     found.append(("Step times", p.latency_source))
     if p.search:
