@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -89,7 +90,11 @@ class Verdict:
 
 
 def merge(windows: Sequence[Window], spec: Spec) -> Workload:
-    """All windows as one: lengths in proportion to their requests, the highest rate and the highest CV."""
+    """All windows as one: lengths in proportion to their requests, the highest rate, and the median CV.
+
+    A pause that ends in one window makes the CV of that window many times what it is before and after; to plan for it
+    would be to plan for a burst that never came.
+    """
     tables = [w.lengths for w in windows if w.lengths is not None]
     lengths = Lengths(
         "observed",
@@ -98,7 +103,7 @@ def merge(windows: Sequence[Window], spec: Spec) -> Workload:
     )
     return Workload(
         rate=max(w.rate for w in windows),
-        cv=max(0.5, *(w.cv for w in windows)),
+        cv=max(0.5, median(w.cv for w in windows)),
         lengths=lengths,
         source=f"observed over {len(windows)} x {spec.replan.window}",
     )
@@ -160,7 +165,7 @@ def judge(spec: Spec, commit: Commit, traffic: Traffic, history: History, facts:
         return hold(
             f"{history.in_last_hour} plans in the last hour, maxPerHour is {spec.replan.max_per_hour}", missed
         )
-    attained = min(p.attainment for p in predictions)
+    attained = median(p.attainment for p in predictions)
     if missed:
         wanted = _bounded(merge(windows, spec), spec)
         try:

@@ -219,12 +219,12 @@ def test_killed_before_every_write_the_end_is_the_same(bench: Any) -> None:
 
 @pytest.mark.timeout(240)
 def test_killed_before_every_write_of_a_change_the_end_is_the_same(bench: Any) -> None:
-    """Two instances less and other ones in place of the rest: drain, create, delete, commit and status are all cut."""
+    """One instance less and other ones in place of the rest: drain, create, delete, commit and status are all cut."""
 
     async def test(b: Bench) -> None:
         rollout = {"drainTimeout": "1ms"}
-        first = by_hand(1, 3, rollout=rollout)
-        second = by_hand(2, 1, rollout=rollout, engine={"type": "torch", "args": ["--kv-blocks=64"]})
+        first = by_hand(1, 2, rollout=rollout)
+        second = by_hand(1, 1, rollout=rollout, engine={"type": "torch", "args": ["--kv-blocks=64"]})
 
         async def changed(operator: Any) -> None:
             await b.settle(operator, until=lambda r: carried_out(r) and r["status"]["plan"]["revision"] == 2)
@@ -239,7 +239,7 @@ def test_killed_before_every_write_of_a_change_the_end_is_the_same(bench: Any) -
         await changed(undisturbed)
         wanted, writes = await fingerprint(b), undisturbed.writes
         await _clean(b)
-        assert writes >= 12
+        assert writes >= 10
         for n in range(writes):
             await begin()
             with pytest.raises(Killed):
