@@ -15,6 +15,7 @@ from kubernetes.aio.client import ApiClient
 from kubernetes.aio.dynamic import DynamicClient
 from kubernetes.aio.dynamic.exceptions import NotFoundError
 
+from disaggserve import drift
 from disaggserve.cluster.client import PODS, RESOURCES, Cluster, connect
 from disaggserve.cluster.clock import WallClock
 from disaggserve.cluster.reconcile import Reconciler
@@ -128,6 +129,15 @@ class Operator:
         if self._left is not None and self.writes >= self._left:
             raise Killed
         self.writes += 1
+
+    def sees(self, traffic: drift.Traffic) -> None:
+        """From now on Prometheus tells this."""
+
+        class Told:
+            async def read(self, *_: object) -> drift.Traffic:
+                return traffic
+
+        self._reconciler._traffic = Told()  # type: ignore[assignment]
 
     async def reconcile(self, name: str = "chat") -> float | None:
         return await self._reconciler.reconcile("default", name)

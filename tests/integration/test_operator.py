@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 
 import pytest
 
+from disaggserve import drift
 from disaggserve.cluster.client import KINDS, PODS, RESOURCES, REVISIONS
 from e2e.controlplane import ControlPlane, ensure
 from tests.integration.bench import CHAT, Bench, Killed, by_hand, carried_out, prepare
+from tests.unit.test_drift import windows
 
 T = TypeVar("T")
 
@@ -302,6 +304,44 @@ def test_no_spare_gpus_holds_the_old_plan_and_says_how_many(bench: Any) -> None:
         assert resource["status"]["lastDecision"]["action"] == "Hold"
         assert resource["status"]["plan"]["revision"] == 1
         assert len(await b.workers()) == 12
+
+    bench(test)
+
+
+def test_traffic_that_the_plan_cannot_carry_changes_it_once_or_is_advised(bench: Any) -> None:
+    """Three windows of prompts three times longer, as Prometheus would tell them."""
+
+    async def test(b: Bench) -> None:
+        replan = {"interval": "1ms", "window": "60s", "minDwell": "0s", "mode": "Advise"}
+        advised = {**CHAT, "spec": {**CHAT["spec"], "replan": replan, "rollout": {"drainTimeout": "1ms"}}}
+        await b.apply(advised)
+        operator = b.operator()
+        operator.sees(drift.Traffic((), "no Prometheus is configured"))
+        first = await b.settle(operator)
+        said = {c["type"]: c for c in first["status"]["conditions"]}["MetricsFresh"]
+        assert (said["status"], said["message"]) == ("False", "no Prometheus is configured; the plan is held")
+
+        operator.sees(windows(1.0))
+        await operator.reconcile()
+        status = (await b.resource())["status"]
+        assert status["plan"]["revision"] == 1
+        assert status["proposal"]["gpus"] > status["plan"]["gpus"]
+        assert status["lastDecision"]["action"] == "Advise"
+        writes = operator.writes
+        await operator.reconcile()
+        assert operator.writes == writes, "the same advice is not written again"
+
+        await b.apply({**advised, "spec": {**advised["spec"], "replan": {**replan, "mode": "Auto"}}})
+        changed = await b.settle(
+            operator, until=lambda r: carried_out(r) and r["status"]["plan"]["revision"] == 2
+        )
+        assert changed["status"]["lastDecision"]["action"] == "Replan"
+        assert changed["status"]["plan"]["gpus"] == status["proposal"]["gpus"]
+        assert changed["status"]["plan"]["workload"]["source"].startswith("observed")
+        assert "proposal" not in changed["status"]
+        for _ in range(3):
+            await operator.reconcile()
+        assert (await b.resource())["status"]["plan"]["revision"] == 2, "the new plan carries what is seen"
 
     bench(test)
 
