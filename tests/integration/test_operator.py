@@ -372,6 +372,52 @@ def test_before_the_simulator_is_loaded_all_but_planning_goes_on(bench: Any) -> 
     bench(test)
 
 
+def test_a_plan_that_does_not_get_ready_in_time_is_rolled_back(bench: Any) -> None:
+    async def test(b: Bench) -> None:
+        await b.apply(by_hand(1, 1))
+        operator = b.operator()
+        await b.settle(operator)
+        before = {p["metadata"]["uid"] for p in await b.workers()}
+        engine = {"type": "torch", "args": ["--kv-blocks=64"]}
+        await b.apply(by_hand(1, 1, engine=engine, rollout={"readyTimeout": "1ms"}))
+        for _ in range(100):  # and no kubelet makes the new ones ready
+            await operator.reconcile()
+            if (await b.resource())["status"]["plan"]["revision"] == 3:
+                break
+            await asyncio.sleep(0.05)
+        resource = await b.settle(operator)
+        assert resource["status"]["plan"]["revision"] == 3
+        assert resource["status"]["lastDecision"]["action"] == "RollBack"
+        assert "not ready within 1ms" in resource["status"]["lastDecision"]["reason"]
+        assert {p["metadata"]["uid"] for p in await b.workers()} == before, "the old ones were never touched"
+
+    bench(test)
+
+
+def test_a_node_that_takes_no_pod_is_left_out_for_a_while(bench: Any) -> None:
+    async def test(b: Bench) -> None:
+        engine = {"type": "torch", "pod": {"schedulerName": "nobody"}}
+        spec = {**CHAT["spec"], "engine": engine, "rollout": {"scheduleTimeout": "1ms"}}
+        await b.apply({**CHAT, "spec": spec})
+        operator = b.operator()
+        tried: list[set[str]] = []
+        for _ in range(100):
+            await operator.reconcile()
+            status = (await b.resource())["status"]
+            nodes = {n["name"] for r in status["plan"]["roles"] for n in r["nodes"]}
+            if nodes not in tried:
+                tried.append(nodes)
+            said = {c["type"]: c for c in status["conditions"]}["PlanFeasible"]
+            if said["status"] == "False":
+                break
+            await asyncio.sleep(0.05)
+        assert tried == [{"gpu-0"}, {"gpu-1"}]
+        assert "no word from the scheduler" in said["message"]
+        assert status["plan"]["revision"] == 2, "what is committed stays until there is something better"
+
+    bench(test)
+
+
 def test_what_the_api_server_refuses_is_a_condition(bench: Any, plane: ControlPlane) -> None:
     async def test(b: Bench) -> None:
         label = "pod-security.kubernetes.io/enforce"
