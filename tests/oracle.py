@@ -128,7 +128,8 @@ class Oracle:
         self.deployment = d = deployment
         self.moves = moves
         self.from_decode = d.first_token_from == "decode"
-        self.inline = d.transfer == "inline"
+        self.inline = d.transfer == "inline" and not d.sticky
+        self.pushes = d.handoff == "push" and not d.sticky
         self.token_ticks = d.kv_bytes_per_token / d.link_bytes_s * 1e9 * 1024
         self.swap_ticks = d.kv_bytes_per_token * 1e9 * 1024 / d.swap_bytes_s if d.swap_bytes_s else -1.0
         self.latency_ticks = d.link_latency_s * 1e9 * 1024
@@ -149,7 +150,7 @@ class Oracle:
         )  # the routers' snapshot
         self.added: dict[tuple[str, int, Instance], int] = {}  # by (prefill | decode, router, instance) since
         self.origin = int(requests.arrival_ns[0]) if len(requests) else 0
-        cached = getattr(requests, "cached", None)
+        cached = requests.cached
         self.requests = [
             Request(
                 n,
@@ -228,7 +229,7 @@ class Oracle:
             r.prefill.queued_tokens += r.input
         else:
             r.first = t
-        if r.steps > 0 and (self.deployment.handoff == "push" or not self.prefills):
+        if r.steps > 0 and (self.pushes or not self.prefills):
             r.decode = self.choose("decode", r, r.input + 1)
             r.decode.requests.append(r)
             self.wait_for_decode(t, r)
@@ -284,7 +285,7 @@ class Oracle:
             if not self.moves:
                 r.transfer_end = t
                 self.join(t, r)
-            elif self.deployment.handoff == "push":
+            elif self.pushes:
                 self.queue_prompt(t, r)
             else:
                 self.move(t, r)
@@ -369,7 +370,7 @@ class Oracle:
             return True
         if self.deployment.overlap:
             r.ready = lane.last_stage
-        if self.deployment.handoff == "push":
+        if self.pushes:
             self.move(t, r)
             return False
         d = i if self.deployment.sticky else self.choose("decode", r, r.input + 1)

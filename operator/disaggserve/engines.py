@@ -15,14 +15,14 @@ Role = Literal["prefill", "decode", "mixed"]
 
 
 class UnknownEngine(InvalidInput, ValueError):
-    """The engine is none of torch, vllm, sglang."""
+    """The engine is none of torch, vllm, sglang, distserve."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
     """An engine's habits that the plan and the simulator depend on (REFERENCE § 4, § 7)."""
 
-    name: Literal["torch", "vllm", "sglang"]
+    name: Literal["torch", "vllm", "sglang", "distserve"]
     handoff: Literal["pull", "push"]  # decode fetches after prefill | decode reserves, then prefill pushes
     first_token_from: Literal["prefill", "decode"]  # which side's token the user sees first
     prefill_limit: int | None  # prompt tokens in one batch; None: L_m (latency.saturation_tokens)
@@ -31,6 +31,14 @@ class Engine:
     block_tokens: int = 16  # tokens per KV block
     prefix_cache: bool = False  # whether a prompt's KV is kept for others that begin alike
     quantised: frozenset[str] = frozenset()  # of catalogue.Model.quantised
+    prefill_requests: int = 0  # prompts in one batch; 0: no limit
+    transfer: Literal["link", "inline"] = (
+        "link"  # beside decode's steps | between them: its loop stands still
+    )
+    transfer_bytes_s: float | None = (
+        None  # what it moves KV with at most, whatever the link; None: the link's
+    )
+    swap_bytes_s: float | None = None  # the preempted are swapped at this rate; None: recomputed
     colocates: bool = (
         False  # one instance does prefill and decode, prompts whole or in chunks beside decode steps
     )
@@ -85,15 +93,29 @@ SGLANG = Engine(
         "--disaggregation-bootstrap-port --config"
     ),
 )
-ENGINES = {e.name: e for e in (TORCH, VLLM, SGLANG)}
+# The paper's own, which made the runs that the simulator is held against (REFERENCE § 4, and its public code); for
+# simulating only. Its two rates were found by replaying those runs.
+DISTSERVE = Engine(
+    "distserve",
+    handoff="pull",
+    first_token_from="prefill",
+    prefill_limit=8192,
+    architectures=frozenset({"opt", "llama"}),
+    flags=frozenset(),
+    prefill_requests=128,
+    transfer="inline",
+    transfer_bytes_s=25e9,
+    swap_bytes_s=20e9,
+)
+ENGINES = {e.name: e for e in (TORCH, VLLM, SGLANG)}  # that a resource may name
 
 
 def engine(name: str) -> Engine:
     """The engine of that name. Raises `UnknownEngine`."""
-    for known in ENGINES.values():
-        if known.name == name:
-            return known
-    raise UnknownEngine(f"engine {name!r} is not known; known are {', '.join(ENGINES)}")
+    known = {**ENGINES, DISTSERVE.name: DISTSERVE}
+    if name not in known:
+        raise UnknownEngine(f"engine {name!r} is not known; known are {', '.join(known)}")
+    return known[name]
 
 
 def refuse_shape(

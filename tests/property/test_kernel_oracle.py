@@ -5,7 +5,6 @@ With NUMBA_DISABLE_JIT=1 the kernel runs as plain Python, which is how to look i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -62,7 +61,7 @@ def some(least: int = 1) -> st.SearchStrategy[tuple[simulate.Pool, ...]]:
 def deployments(draw: st.DrawFn) -> simulate.Deployment:
     kind = draw(st.sampled_from(["apart", "colocated", "mixed"]))
     pull: dict[str, Any] = {}
-    if kind == "apart":
+    if kind != "mixed":
         habits: Sequence[dict[str, Any]] = (
             {},
             {"handoff": "push"},
@@ -86,13 +85,6 @@ def deployments(draw: st.DrawFn) -> simulate.Deployment:
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class WithHits(Requests):
-    """Requests whose prompts are cached in part."""
-
-    cached: np.ndarray | None = None
-
-
 @st.composite
 def traffic(draw: st.DrawFn) -> Requests:
     gap = st.sampled_from([0, 0, 0, 1000, 2000, 7000, 50_000])
@@ -100,7 +92,7 @@ def traffic(draw: st.DrawFn) -> Requests:
     rows = draw(st.lists(row, max_size=40))
     arrival = np.cumsum([5000, *(r[0] for r in rows)])[1:].astype(np.int64)
     lens = [np.array([r[column] for r in rows], dtype=np.int32) for column in (1, 2, 3)]
-    return WithHits(arrival, *lens) if draw(st.booleans()) else Requests(arrival, *lens[:2])
+    return Requests(arrival, *lens if draw(st.booleans()) else lens[:2])
 
 
 def same(outcome: simulate.Outcome, deployment: simulate.Deployment, requests: Requests, **how: bool) -> None:

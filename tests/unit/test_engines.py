@@ -3,7 +3,7 @@
 import pytest
 
 from disaggserve import engines
-from disaggserve.engines import SGLANG, TORCH, VLLM, UnknownEngine
+from disaggserve.engines import DISTSERVE, SGLANG, TORCH, VLLM, UnknownEngine
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,9 @@ def test_habits():
 
 
 def test_engines_by_name():
-    assert [engines.engine(n) for n in ("torch", "vllm", "sglang")] == [TORCH, VLLM, SGLANG]
-    with pytest.raises(UnknownEngine, match="torch, vllm, sglang"):
+    names = ("torch", "vllm", "sglang", "distserve")
+    assert [engines.engine(n) for n in names] == [TORCH, VLLM, SGLANG, DISTSERVE]
+    with pytest.raises(UnknownEngine, match="torch, vllm, sglang, distserve"):
         engines.engine("tgi")
 
 

@@ -159,14 +159,9 @@ def test_small_chunks_are_slower_and_the_queue_is_weighed() -> None:
 
 
 def test_what_is_cached_is_not_computed_but_held_and_moved() -> None:
-    @dataclasses.dataclass(frozen=True, eq=False)
-    class WithHits(Requests):
-        cached: np.ndarray
-
     rows = requests((0, 20, 2), (100, 20, 2))
-    out = simulate.run(
-        deployment(), WithHits(rows.arrival_ns, rows.input, rows.output, np.array([15, 20], dtype=np.int32))
-    )
+    rows = dataclasses.replace(rows, cached=np.array([15, 20], dtype=np.int32))
+    out = simulate.run(deployment(), rows)
     assert ms(out.first_ns) == [5, 101]  # at least one token is computed
     assert ms(out.transfer_end_ns) == [25, 121]
 

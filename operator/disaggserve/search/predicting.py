@@ -41,7 +41,8 @@ def pool(
     """Instances of one shape. Their prefill batches hold L_m tokens, or as many as the engine says."""
     limit = engine.prefill_limit or latency.saturation_tokens(model, gpu, tp, pp, profile)
     blocks = catalogue.kv_blocks(model, gpu, tp, pp, engine.block_tokens)
-    return Pool(count, latency.step_times(model, gpu, tp, pp, profile), blocks, limit)
+    times = latency.step_times(model, gpu, tp, pp, profile)
+    return Pool(count, times, blocks, limit, batch_requests=engine.prefill_requests)
 
 
 def _mixed(pool: Pool, chunk: int | None) -> Pool:
@@ -137,13 +138,15 @@ def deployment(
         tuple(pools["prefill"]),
         tuple(pools["decode"]),
         model.kv_bytes_per_token(),
-        link.bytes_per_s,
+        min(link.bytes_per_s, engine.transfer_bytes_s or link.bytes_per_s),
         link.latency_s,
         # Mixed instances make it where the prompt was computed; nothing of it is computed again.
         "prefill" if pools["mixed"] else engine.first_token_from,
         mixed=tuple(pools["mixed"]),
         handoff="pull" if pools["mixed"] else engine.handoff,
         sticky=len({(p.batch_tokens, p.policy) for p in pools["mixed"]}) == 1,
+        transfer=engine.transfer,
+        swap_bytes_s=engine.swap_bytes_s,
     )
 
 

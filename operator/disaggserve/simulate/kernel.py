@@ -825,7 +825,7 @@ def serve(w: World, n: Routing, c: Costs, requests: Any, times: Any) -> int:
             schedule(tree, when, _VIEW, n.age)
 
     events = 0
-    none = np.int64(-1)  # a literal is a type of its own: all that gets it would be compiled twice
+    none: Any = np.int64(-1)  # a literal is a type of its own: all that gets it would be compiled twice
     seen, seen_at = none, none
     while True:
         source = tree[1]

@@ -80,7 +80,7 @@ def run(deployment: Deployment, requests: Requests) -> Outcome:
         raise BadDeployment("a deployment needs prefill and decode instances, or mixed ones")
     if not d.link_bytes_s > 0 or d.link_latency_s < 0 or d.kv_bytes_per_token < 0:
         raise BadDeployment("a link needs a bandwidth above 0, a latency and KV bytes of 0 or more")
-    if d.mixed and (d.handoff == "push" or d.transfer == "inline"):
+    if d.mixed and not d.sticky and (d.handoff == "push" or d.transfer == "inline"):
         raise BadDeployment(
             "handoff push and transfer inline are of prefill and decode instances, not of mixed ones"
         )
@@ -142,8 +142,7 @@ def _serve(d: Deployment, requests: Requests, *, moves: bool) -> Outcome:
     rows = np.empty((4, n), dtype=np.int64)
     rows[0], rows[1] = arrival, requests.input
     rows[2] = requests.output - (0 if from_decode else 1) if decodes else 0
-    cached = getattr(requests, "cached", None)
-    rows[3] = 0 if cached is None else np.minimum(cached, requests.input - 1)
+    rows[3] = 0 if requests.cached is None else np.minimum(requests.cached, requests.input - 1)
     inputs, steps = rows[1], rows[2]
     fits = np.ones(n, dtype=np.bool_)
     if prefills:
@@ -181,8 +180,8 @@ def _serve(d: Deployment, requests: Requests, *, moves: bool) -> Outcome:
         -1.0 if d.swap_bytes_s is None else float(token_ticks / d.swap_bytes_s),
         from_decode,
         bool(d.sticky),
-        d.handoff == "push",
-        d.transfer == "inline",
+        d.handoff == "push" and not d.sticky,
+        d.transfer == "inline" and not d.sticky,
         bool(d.overlap),
     )
     routing = kernel.Routing(
