@@ -287,3 +287,14 @@ def test_more_gpus_or_a_looser_promise_never_serve_less() -> None:
     assert per_gpu[2] >= noise * per_gpu[1]
     loose = most(5, simulate.Promise(0.4, 0.15, 0.9))
     assert loose.goodput / loose.gpus >= noise * per_gpu[1]
+
+
+def test_an_engine_that_colocates_serves_as_much_or_more() -> None:
+    def most(engine: engines.Engine) -> Placement:
+        asked = problem(1, max_gpus=4, objective="goodput")
+        return search.place(dataclasses.replace(asked, engine=engine))
+
+    apart, whole = most(engines.TORCH), most(engines.VLLM)
+    assert {g.role for g in whole.groups} == {"mixed"}
+    assert whole.goodput / whole.gpus > apart.goodput / apart.gpus
+    assert whole.prediction.attainment >= 0.9

@@ -378,15 +378,12 @@ class Joint:
         problem, target = self.problem, self.problem.promise.attainment
         found: list[tuple[Cost, Mixed, float, Inventory]] = []
         for gpu, inventory in self.products:
-            shapes_of = [s for s in self.shapes[gpu, "prefill"] if s in self.shapes[gpu, "decode"]]
             free = min(problem.max_gpus, inventory.gpus_free)
             while pools and free > 0 and self._mixed_cost(gpu, free) >= pools:
                 free -= 1
             self.tell(f"one kind of instance on {gpu.short}", 0, 1)
-            link = catalogue.pod_link(
-                gpu, all(n.rdma for n in inventory.nodes), gpu, all(n.rdma for n in inventory.nodes)
-            )
-            for one, share in mixed.fewest(problem, self.goodputs[gpu], shapes_of, free, link):
+            link = _pod_link(gpu, inventory)
+            for one, share in mixed.fewest(problem, self.goodputs[gpu], self._whole(gpu), free, link):
                 found.append((self._mixed_cost(gpu, one.gpus), one, share, inventory))
         found.sort(key=lambda f: (f[0], -f[2], f[1].gpu.product))
         for cost, one, share, inventory in found[:FINALISTS]:
@@ -411,6 +408,10 @@ class Joint:
                 return self._placement(plan, prediction, [])
             self.rejected.append(Rejected(str(one), f"attains {prediction.attainment:.1%} on fresh seeds"))
         return None
+
+    def _whole(self, gpu: GPU) -> list[Shape]:
+        """Shapes that keep both limits without load."""
+        return [s for s in self.shapes[gpu, "prefill"] if s in self.shapes[gpu, "decode"]]
 
     def _mixed_cost(self, gpu: GPU, gpus: int) -> Cost:
         return Cost(round(self.problem.prices.get(gpu.product, 0.0) * gpus, 6), gpus)
@@ -491,6 +492,8 @@ class Joint:
             goodput = self.goodputs[ground.prefill].joint(plan.deployment, start) if start else 0.0
             if goodput:
                 tried.append((value(goodput, plan.gpus), goodput, plan))
+        if self.problem.engine.colocates:
+            tried += self._fastest_mixed(value)
         if not tried:
             return None
         best = max(v for v, _, _ in tried)
@@ -506,6 +509,20 @@ class Joint:
                     )
                 )
         return plan, goodput
+
+    def _fastest_mixed(self, value: Callable[[float, int], float]) -> list[tuple[float, float, Plan]]:
+        """The same of colocated instances: the best two of each product."""
+        found: list[tuple[float, float, Plan]] = []
+        for gpu, inventory in self.products:
+            free = min(self.problem.max_gpus, inventory.gpus_free)
+            link = _pod_link(gpu, inventory)
+            best = mixed.fastest(self.problem, self.goodputs[gpu], self._whole(gpu), free, link)
+            for one, goodput in best[:2]:
+                plan = self._mixed_plan(one, inventory) if goodput else None
+                if plan is not None:
+                    goodput = self.goodputs[gpu].joint(plan.deployment, goodput)
+                    found.append((value(goodput, plan.gpus), goodput, plan))
+        return found
 
     def _by_count(self, gpu: GPU, role: Role, shape: Shape, most: int) -> npt.NDArray[np.float64]:
         """Goodput of 1, 2, … `most` instances with their phase alone, req/s: simulated for powers of two up to
@@ -817,3 +834,9 @@ class Joint:
 
 def _gpus(n: int) -> str:
     return f"{n} GPU" if n == 1 else f"{n} GPUs"
+
+
+def _pod_link(gpu: GPU, inventory: Inventory) -> Link:
+    """Between any two pods on these nodes."""
+    rdma = all(n.rdma for n in inventory.nodes)
+    return catalogue.pod_link(gpu, rdma, gpu, rdma)
