@@ -219,6 +219,20 @@ def test_too_few_gpus_names_how_many_would_do_and_what_rate_these_do() -> None:
     assert "takes at least 2 GPUs" in str(infeasible(problem(5, where=nodes(1, free=1))))
 
 
+def test_limits_that_different_requests_miss_are_no_plan_and_say_so() -> None:
+    # A tenth of the prompts is long; another tenth of the answers has two tokens, whose TPOT holds the whole transfer.
+    lengths = table(*[(600, 100)] * 8, (2000, 100), (600, 2))
+    p = problem(1, simulate.Promise(0.06, 0.02, 0.85), lengths=lengths)
+    e = infeasible(p)
+    assert e.limit in ("TTFT", "TPOT")
+    said = re.search(
+        r"both for 80% of the requests; .* a (TTFT|TPOT) of about (\d+) ms could be kept", str(e)
+    )
+    assert said is not None, str(e)
+    limits = {"TTFT": 0.06, "TPOT": 0.02} | {said[1]: int(said[2]) / 1e3}
+    search.place(dataclasses.replace(p, promise=simulate.Promise(limits["TTFT"], limits["TPOT"], 0.85)))
+
+
 # --------------------------------------------------------------------------------------------------------- fabric
 
 
