@@ -21,7 +21,6 @@ from disaggserve.api.plan import (
     ProfileName,
     RefusedNode,
     Rejected,
-    RoleName,
     RolePlan,
     Search,
     Setting,
@@ -257,11 +256,7 @@ def draft(
     instead = inventory(spec, facts, frozenset(facts.own)) if facts.own else beside
     found: _Found | None = None
     for n, nodes in enumerate([beside, instead] if facts.own else [beside]):
-        keep = (
-            tuple(search.Standing(_side(s.role), s.tp, s.pp, s.node) for s in stays)
-            if nodes is beside
-            else ()
-        )
+        keep = tuple(search.Standing(s.role, s.tp, s.pp, s.node) for s in stays) if nodes is beside else ()
         try:
             found = (
                 _by_hand(spec, nodes, keep, workload, options)
@@ -342,6 +337,7 @@ def _searched(
         roles=_roles(placement.groups),
         prefill=words(_roles(placement.groups), "prefill"),
         decode=words(_roles(placement.groups), "decode"),
+        mixed=words(_roles(placement.groups), "mixed"),
         bottleneck=placement.bottleneck[:1024],
         bound=_figure(placement.bound),
         bound_share=_figure(placement.bound_share),
@@ -424,11 +420,11 @@ def _by_hand(
         if fault:
             raise InvalidManifest([Fault("spec.plan.roles", f"tp {role.tp}, pp {role.pp}: {fault}")])
     pinned = tuple(
-        search.Group(_side(r.role), r.tp, r.pp, r.count, tuple(sorted((n.name, n.count) for n in r.nodes)))
+        search.Group(r.role, r.tp, r.pp, r.count, tuple(sorted((n.name, n.count) for n in r.nodes)))
         for r in spec.plan.roles
         if r.nodes
     )
-    rest = [(_side(r.role), r.tp, r.pp, r.count) for r in spec.plan.roles if not r.nodes]
+    rest = [(r.role, r.tp, r.pp, r.count) for r in spec.plan.roles if not r.nodes]
     left, standing = _take(pinned, nodes, keep)
     try:
         groups = (*pinned, *search.pack(rest, left, standing))
@@ -507,13 +503,14 @@ def replay(
         if setting.config is None
         else catalogue.model_from_config(setting.model, json.loads(setting.config))
     )
-    shapes = [(_side(r.role), r.tp, r.pp, r.count) for r in plan.roles]
+    groups = [search.Group(r.role, r.tp, r.pp, r.count, (), r.chunk) for r in plan.roles]
     engine, gpu = engines.engine(setting.engine), catalogue.gpu(setting.gpu)
     where: dict[engines.Role, catalogue.GPU] = {
         "prefill": gpu,
         "decode": catalogue.gpu(setting.decode_gpu or setting.gpu),
+        "mixed": gpu,
     }
-    deployment = search.deployment(known, engine, where, shapes, setting.link, profile=profile)
+    deployment = search.deployment(known, engine, where, groups, setting.link, profile=profile)
     return deployment, simulate.Promise(setting.ttft, setting.tpot, setting.attainment)
 
 
@@ -555,19 +552,16 @@ def promise(spec: Spec) -> simulate.Promise:
 def in_words(plan: Plan) -> str:
     """One line: shapes, GPUs, rate and what is predicted."""
     p = plan.predicted
+    shapes = ", ".join(
+        f"{name} {words(plan.roles, name)}" for name in dict.fromkeys(r.role for r in plan.roles)
+    )
     return (
-        f"prefill {plan.prefill}, decode {plan.decode} on {plan.gpus} GPUs for {plan.rate:g} req/s, "
+        f"{shapes} on {plan.gpus} GPUs for {plan.rate:g} req/s, "
         f"predicted attainment {p.attainment:.1%} ({p.attainment_low:.1%} to {p.attainment_high:.1%})"
     )
 
 
 # ---- pieces
-
-
-def _side(role: RoleName) -> engines.Role:
-    """prefill or decode; `mixed` is refused by a rule of the spec and never planned."""
-    assert role != "mixed"
-    return role
 
 
 def _figure(value: float) -> float:
@@ -585,7 +579,13 @@ def _setting(
     products = {n.name: n.gpu.product for n in nodes.nodes}
 
     def product(role: engines.Role) -> str:
-        used = {products[name] for g in groups if g.role == role for name, _ in g.nodes if name in products}
+        used = {
+            products[name]
+            for g in groups
+            if g.role in (role, "mixed")
+            for name, _ in g.nodes
+            if name in products
+        }
         return min(used or products.values())
 
     profile = options.profile
@@ -636,9 +636,10 @@ def _roles(groups: Sequence[search.Group]) -> tuple[RolePlan, ...]:
             tp=g.tp,
             pp=g.pp,
             count=g.count,
+            chunk=g.chunk,
             nodes=tuple(NodeShare(name=n, count=c) for n, c in g.nodes),
         )
-        for g in sorted(groups, key=lambda g: (g.role != "prefill", g.tp, g.pp, g.nodes))
+        for g in sorted(groups, key=lambda g: (g.role != "prefill", g.tp, g.pp, g.chunk or 0, g.nodes))
     )
 
 

@@ -18,3 +18,9 @@ def test_the_least_loaded_is_chosen_and_ties_go_to_the_lowest_index(
     assert choose(loads) == chosen
     assert choose(tuple(loads)) == chosen
     assert choose(np.array(loads)) == chosen  # type: ignore[arg-type]
+
+
+def test_tokens_weigh_what_they_take() -> None:
+    assert dispatch.choose_prefill([10, 15], [2, 1]) == 1
+    assert dispatch.choose_prefill([10, 20], [2, 1]) == 0
+    assert dispatch.choose_prefill([0, 0], [2, 1]) == 0
