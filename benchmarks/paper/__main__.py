@@ -23,10 +23,13 @@ from disaggserve import simulate
 
 HERE = Path(__file__).parent
 RATES = np.geomspace(0.12, 2.6, 16)  # × what the paper measured of DistServe
-SCALES = (2.5, 2.0, 1.6, 1.4, 1.2, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-BREAKDOWN = "chat-66b"
-BREAKDOWN_RATES = (0.25, 0.375, 0.5, 0.625, 0.75)  # per GPU, those of the artifact's figure 10
-TRANSFERS = {"chat-13b": 2.0, "chat-66b": 0.375, "chat-175b": 0.1875}  # per GPU, likewise
+BREAKDOWN = "chat-175b"
+BREAKDOWN_RATES = (0.0625, 0.09375, 0.125, 0.15625, 0.1875)  # per GPU, of those that the artifact ran
+TRANSFERS = {
+    "chat-13b": 2.0,
+    "chat-66b": 0.375,
+    "chat-175b": 0.1875,
+}  # per GPU, those of the artifact's figure 10
 ABLATION = ("chat-13b", "chat-66b")
 
 
@@ -67,20 +70,23 @@ def _application(app: Application) -> page.Result:
         found.append(system)
         goodputs[system.name] = bench.goodput(app.promise, app.distserve / 2)
         by_rate[system.name] = [(rate, bench.attained(rate, app.promise)) for rate in rates]
-        by_scale[system.name] = [(s, bench.attained(app.scaled_at, scaled(app.promise, s))) for s in SCALES]
+        by_scale[system.name] = [
+            (s, bench.attained(app.scaled_at, scaled(app.promise, s))) for s in app.scales
+        ]
     return page.Result(
         app, tuple(found), goodputs, by_rate, by_scale, _ablation(app, goodputs, found), _by_factor(app)
     )
 
 
-def _by_factor(app: Application) -> dict[str, float]:
-    """Goodput per GPU of vLLM, as the paper ran it, by the factor on its raw fits."""
+def _by_factor(app: Application) -> dict[str, page.Vllm]:
+    """vLLM as the paper ran it, by the factor on its raw fits."""
     found = {}
     for factor in systems.VLLM_FACTORS if app.fitted else ():
         system = systems.vllm(app, app.colocated_tp, factor)
         assert system is not None, "the paper's tp has a fit"
         bench = Bench(system, systems.lengths(app), app.prompts_per_gpu)
-        found[factor] = bench.goodput(app.promise, app.vllm).as_run
+        goodput = bench.goodput(app.promise, app.distserve / 2).as_run
+        found[factor] = page.Vllm(goodput, *bench.each(app.vllm, app.promise))
     return found
 
 
@@ -106,10 +112,10 @@ def _ablation(
 
 
 def _shares(app: Application, per_gpu: float) -> npt.NDArray[np.float64]:
-    """[5] mean share of each part of a request's time on the paper's own placement."""
-    shares = np.stack([(t / t.sum(axis=0)).mean(axis=1) for t in _parts(app, per_gpu)])
-    mean: npt.NDArray[np.float64] = shares.mean(axis=0)
-    return mean
+    """[5] share of each part in the time of all requests on the paper's own placement."""
+    totals: npt.NDArray[np.float64] = np.sum([t.sum(axis=1) for t in _parts(app, per_gpu)], axis=0)
+    shares: npt.NDArray[np.float64] = totals / totals.sum()
+    return shares
 
 
 def _transfers(app: Application, per_gpu: float) -> npt.NDArray[np.float64]:

@@ -72,7 +72,11 @@ def curves(
                     )  # fmt: skip
             axes.set(title=app.title, xlabel=xlabel, ylabel="kept both limits, %", ylim=(0, 103))
             if falling:
+                axes.set_xscale("log")
                 axes.invert_xaxis()
+                ticks = [x for x in (10, 5, 2, 1, 0.5, 0.2) if min(app.scales) <= x <= max(app.scales)]
+                axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+                axes.set_xticks([], minor=True)
         for axes in panels[len(found) :]:
             axes.set_axis_off()
         labels: dict[str, Any] = {}
@@ -110,8 +114,8 @@ def goodputs(path: Path, found: Mapping[Application, Mapping[str, Goodput]]) -> 
         axes.set_xticks(range(len(found)), [a.title.replace(", ", "\n", 1) for a in found])
         axes.set_ylabel("goodput per GPU ÷ DistServe's\nas the paper measured it")
         axes.grid(visible=False, axis="x")
-        axes.legend(ncols=len(names), loc="upper left", fontsize=8.5, columnspacing=1.2)
-        axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, ncols=len(names), loc="outside upper left", fontsize=8.5)
         _save(figure, path)
 
 

@@ -77,6 +77,12 @@ class Bench:
         """Mean share of requests that keep both limits."""
         return float(np.mean([_kept(*self.run(per_gpu, seed), promise) for seed in seeds]))
 
+    def each(self, per_gpu: float, promise: Promise) -> tuple[float, float]:
+        """Mean shares of requests that keep TTFT, and TPOT."""
+        runs = [self.run(per_gpu, seed) for seed in SEEDS]
+        ttft = float(np.mean([np.mean(t <= promise.ttft_s) for t, _ in runs]))
+        return ttft, float(np.mean([np.mean(t <= promise.tpot_s) for _, t in runs]))
+
     def goodput(self, promise: Promise, near: float) -> Goodput:
         """`near`: a rate per GPU to begin from."""
         target = promise.attainment

@@ -1,8 +1,6 @@
 """The systems under test as deployments of the simulator.
 
-* DistServe's own placement: the engine that the paper ran, prompts batched to 8,192 tokens and 128 requests, KV pulled
-  inside decode's loop at 25 GB/s by each of decode's GPUs, preempted requests swapped at 20 GB/s (REFERENCE § 4),
-  DistServe's fits.
+* DistServe's own placement: the model of the engine that the paper ran (`engines.DISTSERVE`), DistServe's fits.
 * vLLM: colocated, whole prompts before decode steps, vLLM's raw fits (OPT-13B and 66B) times a factor (`VLLM_FACTORS`).
 * DeepSpeed-MII: colocated, prompts split and fused with decode steps up to 768 tokens (DeepSpeed's default
   `max_ragged_batch_size`). There is no fit of MII: DistServe's stand in, so only its scheduling differs here.
@@ -27,6 +25,7 @@ from disaggserve.catalogue import Model
 from disaggserve.engines import Role
 from disaggserve.hardware import Inventory, Node
 from disaggserve.latency import StepTimes
+from disaggserve.search.packing import Wanted
 from disaggserve.simulate import Deployment, Pool
 from disaggserve.workload import Lengths, Workload, preset
 
@@ -46,8 +45,6 @@ MIXED_CHUNKS = (
     (2048, 256),
     (2048, 512),
 )  # tokens of a step
-PULL_BYTES_S, SWAP_BYTES_S = 25e9, 20e9
-ENGINE_TOKENS, ENGINE_REQUESTS = 8192, 128
 VLLM_TPS = (1, 2, 4, 8)
 PLANNED_RATES = (0.5, 1.0, 2.0, 3.0)  # × what the paper measured on 8 GPUs, for Algorithm 1's ⌈R/goodput⌉
 
@@ -57,24 +54,19 @@ def lengths(app: Application) -> Lengths:
 
 
 def own(app: Application) -> System:
-    """The paper's placement on the engine that it ran."""
-    model = catalogue.model(app.model)
-
-    def pool(tp: int, pp: int) -> Pool:
-        times, blocks = latency.step_times(model, A100, tp, pp), catalogue.kv_blocks(model, A100, tp, pp)
-        return Pool(1, times, blocks, ENGINE_TOKENS, batch_requests=ENGINE_REQUESTS)
-
-    prefill, pulling = pool(*app.prefill), app.decode[0] * app.decode[1]
-    deployment = Deployment(
-        (prefill,),
-        (pool(*app.decode),),
-        model.kv_bytes_per_token(),
-        PULL_BYTES_S * pulling,
-        transfer="inline",
-        swap_bytes_s=SWAP_BYTES_S * pulling,
+    """The paper's placement on the engine that it ran, each of whose decode GPUs pulls and swaps its own share of KV."""
+    model, ours = catalogue.model(app.model), engines.DISTSERVE
+    assert ours.transfer_bytes_s is not None
+    assert ours.swap_bytes_s is not None
+    gpus = app.decode[0] * app.decode[1]
+    engine = dataclasses.replace(
+        ours, transfer_bytes_s=ours.transfer_bytes_s * gpus, swap_bytes_s=ours.swap_bytes_s * gpus
     )
+    shapes: list[Wanted] = [("prefill", *app.prefill, 1), ("decode", *app.decode, 1)]
+    deployment = search.deployment(model, engine, A100, shapes, "nvlink")
     words = f"prefill {_shape(*app.prefill)}, decode {_shape(*app.decode)}"
-    return System("DistServe", words, app.gpus, deployment, prefill.times.provenance.describe())
+    source = deployment.prefill[0].times.provenance.describe()
+    return System("DistServe", words, app.gpus, deployment, source)
 
 
 def vllm(app: Application, tp: int, factor: str = VLLM_FACTOR) -> System | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -89,7 +90,11 @@ class Verdict:
 
 
 def merge(windows: Sequence[Window], spec: Spec) -> Workload:
-    """All windows as one: lengths in proportion to their requests, the highest rate and the highest CV."""
+    """All windows as one: lengths in proportion to their requests, the highest rate, and the median CV.
+
+    A pause that ends in one window makes the CV of that window many times what it is before and after; to plan for it
+    would be to plan for a burst that never came.
+    """
     tables = [w.lengths for w in windows if w.lengths is not None]
     lengths = Lengths(
         "observed",
@@ -98,7 +103,7 @@ def merge(windows: Sequence[Window], spec: Spec) -> Workload:
     )
     return Workload(
         rate=max(w.rate for w in windows),
-        cv=max(0.5, *(w.cv for w in windows)),
+        cv=max(0.5, median(w.cv for w in windows)),
         lengths=lengths,
         source=f"observed over {len(windows)} x {spec.replan.window}",
     )
@@ -142,7 +147,13 @@ def judge(spec: Spec, commit: Commit, traffic: Traffic, history: History, facts:
     windows = traffic.windows[:needed]
     if not all(w.tells for w in windows):
         return hold(f"fewer than {MIN_REQUESTS} requests in a window")
-    predictions = [plan.predict(commit.plan, w.workload(spec)) for w in windows]
+    hour = traffic.hour
+    if hour is not None and (not hour.tells or history.since_last_s < SHRINK_WINDOW_S):
+        hour = None  # nothing to shrink by
+    predictions = [plan.predict(commit.plan, windows[0].workload(spec))]
+    if predictions[0].attainment_high < spec.slo.attainment or hour is not None:
+        # Else the plan stays, whatever the windows before this one were like.
+        predictions += [plan.predict(commit.plan, w.workload(spec)) for w in windows[1:]]
     missed = sum(p.attainment_high < spec.slo.attainment for p in predictions)
     if 0 < missed < needed:
         return hold(f"the plan misses the promise in {missed} of {needed} windows", missed)
@@ -154,7 +165,7 @@ def judge(spec: Spec, commit: Commit, traffic: Traffic, history: History, facts:
         return hold(
             f"{history.in_last_hour} plans in the last hour, maxPerHour is {spec.replan.max_per_hour}", missed
         )
-    attained = min(p.attainment for p in predictions)
+    attained = median(p.attainment for p in predictions)
     if missed:
         wanted = _bounded(merge(windows, spec), spec)
         try:
@@ -168,9 +179,9 @@ def judge(spec: Spec, commit: Commit, traffic: Traffic, history: History, facts:
         )
         return Verdict(reason, history.revision, draft, missed)
     keeps = f"the plan keeps the promise on what was seen ({attained:.1%})"
-    if traffic.hour is None or not traffic.hour.tells or history.since_last_s < SHRINK_WINDOW_S:
+    if hour is None:
         return hold(keeps)
-    wanted = _bounded(merge((traffic.hour, *windows), spec), spec)
+    wanted = _bounded(merge((hour, *windows), spec), spec)
     try:
         draft = plan.draft(spec, facts, wanted, commit.instances)
     except Infeasible as error:

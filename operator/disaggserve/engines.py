@@ -11,7 +11,7 @@ from typing import Literal
 
 from disaggserve.api.errors import InvalidInput
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "mixed"]
 
 
 class UnknownEngine(InvalidInput, ValueError):
@@ -39,6 +39,9 @@ class Engine:
         None  # what it moves KV with at most, whatever the link; None: the link's
     )
     swap_bytes_s: float | None = None  # the preempted are swapped at this rate; None: recomputed
+    colocates: bool = (
+        False  # one instance does prefill and decode, prompts whole or in chunks beside decode steps
+    )
 
 
 def _flags(text: str) -> frozenset[str]:
@@ -66,6 +69,7 @@ VLLM = Engine(
     prefix_cache=True,
     architectures=frozenset({"opt", "llama", "qwen3", "mixtral", "qwen3_moe"}),
     quantised=frozenset({"fp8", "int8"}),
+    colocates=True,
     flags=_flags(
         "--model --served-model-name --revision --tensor-parallel-size -tp --pipeline-parallel-size -pp "
         "--host --port --max-model-len --dtype --kv-cache-dtype --block-size --kv-transfer-config "
@@ -81,6 +85,7 @@ SGLANG = Engine(
     prefix_cache=True,
     architectures=frozenset({"opt", "llama", "qwen3", "mixtral", "qwen3_moe"}),
     quantised=frozenset({"fp8", "int8"}),
+    colocates=True,
     flags=_flags(
         "--model-path --model --served-model-name --revision --tp-size --tp --tensor-parallel-size "
         "--pp-size --pipeline-parallel-size --host --port --context-length --dtype --kv-cache-dtype "
@@ -129,6 +134,16 @@ def refuse_shape(
             return (
                 f"sglang needs the decode's pp to be 1 or the prefill's {prefill_pp}, and it is {decode_pp}"
             )
+    return None
+
+
+def refuse_mixed(engine: Engine, kinds: int) -> str | None:
+    """Why the engine cannot run instances that prefill and decode, of one kind (colocated) or of several between which
+    requests move, or None."""
+    if not engine.colocates:
+        return f"{engine.name} does not prefill and decode in one instance"
+    if kinds > 1:
+        return f"{engine.name} does not move a request from one mixed instance to another"
     return None
 
 

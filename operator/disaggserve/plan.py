@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from disaggserve import catalogue, engines, hardware, latency, search, simulate
+from disaggserve import catalogue, engines, hardware, latency, protocol, search, simulate
 from disaggserve import workload as workloads
 from disaggserve.api.errors import Fault, Infeasible, InvalidInput, InvalidManifest
 from disaggserve.api.model import seconds
@@ -21,7 +21,6 @@ from disaggserve.api.plan import (
     ProfileName,
     RefusedNode,
     Rejected,
-    RoleName,
     RolePlan,
     Search,
     Setting,
@@ -135,6 +134,7 @@ def pairing_key(spec: Spec) -> str:
             "kvDtype": spec.model.kv_dtype,
             "blockTokens": engine.block_tokens,
             "handoff": engine.handoff,
+            "protocol": protocol.VERSION,
         }
     )[:_KEY_LENGTH]
 
@@ -159,9 +159,10 @@ def template(spec: Spec) -> str:
 
 def model(spec: Spec) -> catalogue.Model:
     """The catalogue's model, or the one that `model.config` describes."""
+    config = _config(spec)
     try:
-        if spec.model.config is not None:
-            return catalogue.model_from_config(spec.model.id, json.loads(spec.model.config))
+        if config is not None:
+            return catalogue.model_from_config(spec.model.id, json.loads(config))
         return catalogue.model(spec.model.id)
     except catalogue.UnknownModel as error:
         raise InvalidManifest(
@@ -169,6 +170,19 @@ def model(spec: Spec) -> catalogue.Model:
         ) from None
     except (catalogue.CatalogueError, ValueError) as error:
         raise InvalidManifest([Fault("spec.model.config", str(error))]) from None
+
+
+def _config(spec: Spec) -> str | None:
+    """`model.config` as it is served: with the dtype of the spec in place of the checkpoint's."""
+    config, dtype = spec.model.config, spec.model.dtype
+    try:
+        said = json.loads(config) if config is not None and dtype != "auto" else None
+    except ValueError:
+        said = None  # whoever reads it says what is wrong
+    if not isinstance(said, dict):
+        return config
+    said.pop("torch_dtype", None)
+    return json.dumps({**said, "dtype": dtype}, sort_keys=True, separators=(",", ":"))
 
 
 def context_length(spec: Spec) -> int:
@@ -257,11 +271,7 @@ def draft(
     instead = inventory(spec, facts, frozenset(facts.own)) if facts.own else beside
     found: _Found | None = None
     for n, nodes in enumerate([beside, instead] if facts.own else [beside]):
-        keep = (
-            tuple(search.Standing(_side(s.role), s.tp, s.pp, s.node) for s in stays)
-            if nodes is beside
-            else ()
-        )
+        keep = tuple(search.Standing(s.role, s.tp, s.pp, s.node) for s in stays) if nodes is beside else ()
         try:
             found = (
                 _by_hand(spec, nodes, keep, workload, options)
@@ -278,7 +288,7 @@ def draft(
     instances = _slots(groups, key, made, previous, list(facts.own.values()))
     refused = tuple(RefusedNode(name=r.name, reason=r.reason) for r in beside.refused)
     plan = plan.model_copy(update={"refused_nodes": refused[:256], "emulated": nodes.simulated})
-    plan = plan.model_copy(update={"digest": _digest(spec, workload, plan)})
+    plan = plan.model_copy(update={"digest": _digest(spec, workload, plan, options)})
     return Draft(plan, instances, _refusal(spec, plan, nodes))
 
 
@@ -342,6 +352,7 @@ def _searched(
         roles=_roles(placement.groups),
         prefill=words(_roles(placement.groups), "prefill"),
         decode=words(_roles(placement.groups), "decode"),
+        mixed=words(_roles(placement.groups), "mixed"),
         bottleneck=placement.bottleneck[:1024],
         bound=_figure(placement.bound),
         bound_share=_figure(placement.bound_share),
@@ -424,11 +435,11 @@ def _by_hand(
         if fault:
             raise InvalidManifest([Fault("spec.plan.roles", f"tp {role.tp}, pp {role.pp}: {fault}")])
     pinned = tuple(
-        search.Group(_side(r.role), r.tp, r.pp, r.count, tuple(sorted((n.name, n.count) for n in r.nodes)))
+        search.Group(r.role, r.tp, r.pp, r.count, tuple(sorted((n.name, n.count) for n in r.nodes)))
         for r in spec.plan.roles
         if r.nodes
     )
-    rest = [(_side(r.role), r.tp, r.pp, r.count) for r in spec.plan.roles if not r.nodes]
+    rest = [(r.role, r.tp, r.pp, r.count) for r in spec.plan.roles if not r.nodes]
     left, standing = _take(pinned, nodes, keep)
     try:
         groups = (*pinned, *search.pack(rest, left, standing))
@@ -507,13 +518,14 @@ def replay(
         if setting.config is None
         else catalogue.model_from_config(setting.model, json.loads(setting.config))
     )
-    shapes = [(_side(r.role), r.tp, r.pp, r.count) for r in plan.roles]
+    groups = [search.Group(r.role, r.tp, r.pp, r.count, (), r.chunk) for r in plan.roles]
     engine, gpu = engines.engine(setting.engine), catalogue.gpu(setting.gpu)
     where: dict[engines.Role, catalogue.GPU] = {
         "prefill": gpu,
         "decode": catalogue.gpu(setting.decode_gpu or setting.gpu),
+        "mixed": gpu,
     }
-    deployment = search.deployment(known, engine, where, shapes, setting.link, profile=profile)
+    deployment = search.deployment(known, engine, where, groups, setting.link, profile=profile)
     return deployment, simulate.Promise(setting.ttft, setting.tpot, setting.attainment)
 
 
@@ -555,19 +567,16 @@ def promise(spec: Spec) -> simulate.Promise:
 def in_words(plan: Plan) -> str:
     """One line: shapes, GPUs, rate and what is predicted."""
     p = plan.predicted
+    shapes = ", ".join(
+        f"{name} {words(plan.roles, name)}" for name in dict.fromkeys(r.role for r in plan.roles)
+    )
     return (
-        f"prefill {plan.prefill}, decode {plan.decode} on {plan.gpus} GPUs for {plan.rate:g} req/s, "
+        f"{shapes} on {plan.gpus} GPUs for {plan.rate:g} req/s, "
         f"predicted attainment {p.attainment:.1%} ({p.attainment_low:.1%} to {p.attainment_high:.1%})"
     )
 
 
 # ---- pieces
-
-
-def _side(role: RoleName) -> engines.Role:
-    """prefill or decode; `mixed` is refused by a rule of the spec and never planned."""
-    assert role != "mixed"
-    return role
 
 
 def _figure(value: float) -> float:
@@ -585,13 +594,19 @@ def _setting(
     products = {n.name: n.gpu.product for n in nodes.nodes}
 
     def product(role: engines.Role) -> str:
-        used = {products[name] for g in groups if g.role == role for name, _ in g.nodes if name in products}
+        used = {
+            products[name]
+            for g in groups
+            if g.role in (role, "mixed")
+            for name, _ in g.nodes
+            if name in products
+        }
         return min(used or products.values())
 
     profile = options.profile
     return Setting(
         model=spec.model.id,
-        config=spec.model.config,
+        config=_config(spec),
         engine=engine.name,
         gpu=product("prefill"),
         decode_gpu=product("decode") if product("decode") != product("prefill") else None,
@@ -636,9 +651,10 @@ def _roles(groups: Sequence[search.Group]) -> tuple[RolePlan, ...]:
             tp=g.tp,
             pp=g.pp,
             count=g.count,
+            chunk=g.chunk,
             nodes=tuple(NodeShare(name=n, count=c) for n, c in g.nodes),
         )
-        for g in sorted(groups, key=lambda g: (g.role != "prefill", g.tp, g.pp, g.nodes))
+        for g in sorted(groups, key=lambda g: (g.role != "prefill", g.tp, g.pp, g.chunk or 0, g.nodes))
     )
 
 
@@ -684,12 +700,19 @@ def _refusal(spec: Spec, plan: Plan, nodes: hardware.Inventory) -> str | None:
     return reason
 
 
-def _digest(spec: Spec, workload: Workload, plan: Plan) -> str:
+def _digest(spec: Spec, workload: Workload, plan: Plan, options: Options) -> str:
     """SHA-256 of the inputs and the discrete decisions; no measured time is in it."""
+    profile = options.profile
     return digest(
         {
             "inputs": inputs(spec),
-            "workload": [round(workload.rate, 6), round(workload.cv, 6), _lengths_digest(workload)],
+            "workload": [round(workload.rate, 6), round(workload.cv, 6), _traffic_digest(workload)],
+            "options": [
+                profile.digest if profile else None,
+                options.objective,
+                options.any_engine,
+                options.resolution if options.as_published else None,
+            ],
             "algorithm": plan.algorithm,
             "affinity": plan.affinity,
             "roles": [r.model_dump(mode="json") for r in plan.roles],
@@ -697,5 +720,8 @@ def _digest(spec: Spec, workload: Workload, plan: Plan) -> str:
     )
 
 
-def _lengths_digest(workload: Workload) -> str:
-    return digest([workload.lengths.input.tolist(), workload.lengths.output.tolist()])
+def _traffic_digest(workload: Workload) -> str:
+    lengths, trace = workload.lengths, workload.trace
+    arrivals = trace.arrival_ns.tolist() if trace is not None else None
+    cached = trace.cached.tolist() if trace is not None and trace.cached is not None else None
+    return digest([lengths.input.tolist(), lengths.output.tolist(), arrivals, cached])

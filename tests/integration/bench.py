@@ -15,6 +15,7 @@ from kubernetes.aio.client import ApiClient
 from kubernetes.aio.dynamic import DynamicClient
 from kubernetes.aio.dynamic.exceptions import NotFoundError
 
+from disaggserve import drift
 from disaggserve.cluster.client import PODS, RESOURCES, Cluster, connect
 from disaggserve.cluster.clock import WallClock
 from disaggserve.cluster.reconcile import Reconciler
@@ -110,7 +111,9 @@ class Killed(BaseException):
 class Operator:
     """One operator process: its own memory, and a fence that can end it before its n-th write from now."""
 
-    def __init__(self, api: ApiClient, dies_before_write: int | None = None) -> None:
+    def __init__(
+        self, api: ApiClient, dies_before_write: int | None = None, warm: Callable[[], bool] = lambda: True
+    ) -> None:
         self._left = dies_before_write
         self.writes = 0
         settings = Settings(
@@ -119,12 +122,22 @@ class Operator:
             prometheus_url="",
             images=Images("disaggserve-worker", "disaggserve-router"),
         )
-        self._reconciler = Reconciler(Cluster(api, self._fence), settings, WallClock(), ThreadPoolExecutor(1))
+        pool = ThreadPoolExecutor(1)
+        self._reconciler = Reconciler(Cluster(api, self._fence), settings, WallClock(), pool, warm)
 
     def _fence(self) -> None:
         if self._left is not None and self.writes >= self._left:
             raise Killed
         self.writes += 1
+
+    def sees(self, traffic: drift.Traffic) -> None:
+        """From now on Prometheus tells this."""
+
+        class Told:
+            async def read(self, *_: object) -> drift.Traffic:
+                return traffic
+
+        self._reconciler._traffic = Told()  # type: ignore[assignment]
 
     async def reconcile(self, name: str = "chat") -> float | None:
         return await self._reconciler.reconcile("default", name)
@@ -142,8 +155,10 @@ class Bench:
     async def open(cls, plane: ControlPlane) -> Bench:
         return cls(await connect(str(plane.kubeconfig)))
 
-    def operator(self, dies_before_write: int | None = None) -> Operator:
-        return Operator(self.api, dies_before_write)
+    def operator(
+        self, dies_before_write: int | None = None, warm: Callable[[], bool] = lambda: True
+    ) -> Operator:
+        return Operator(self.api, dies_before_write, warm)
 
     async def apply(self, body: Json) -> None:
         await self.cluster.apply(RESOURCES, body)

@@ -175,6 +175,21 @@ def test_the_engine_is_the_one_that_the_profile_was_measured_on(tmp_path: Path) 
     assert (other.returncode, "no measured step times of facebook/opt-30b" in other.stderr) == (1, True)
 
 
+def test_a_real_run_is_replayed_with_the_engine_that_made_it(tmp_path: Path) -> None:
+    with shared("measured/opt13b_sharegpt_a100_runs.csv").open() as file:
+        rows = [r for r in csv.DictReader(file) if r["run"] == "distserve-c21d11-300-4.5"]
+    sent = trace(
+        tmp_path / "t.csv",
+        sorted((float(r["arrival_s"]), int(r["input_len"]), int(r["output_len"])) for r in rows),
+    )
+    real = sum(float(r["ttft_ms"]) <= 250 and float(r["tpot_ms"]) <= 100 for r in rows) / len(rows)
+    profile = Path(workload.__file__).parents[1] / "data" / "profiles" / "profiler-a100-80g.distserve.json"
+    options = (*TARGET, "--link", "nvlink", "--profile", profile)
+    found = answer("simulate", "--shape", SHAPE, *options, "--trace", sent)
+    assert (found["engine"], found["requests"]) == ("distserve", 300)
+    assert found["attainment"] == pytest.approx(real, abs=0.02)
+
+
 def test_every_request_is_written_with_its_latencies(tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     sent = trace(tmp_path / "t.csv", [(0.5, 300, 20), (0.75, 100, 1)])
@@ -249,6 +264,13 @@ def test_every_kind_of_instance_is_simulated(shape: str, gpus: int) -> None:
     assert 0.5 < found["attainment"] <= 1
     moved = found["breakdown"]["transfer"] > 0
     assert moved == (not shape.startswith("colocated"))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "distserve"])
+def test_how_an_engine_hands_over_does_not_matter_where_nothing_is(engine: str) -> None:
+    shape = ("--shape", "colocated=2xtp1:vllm", *TARGET, *SHORT)
+    found, own = answer("simulate", *shape, "--engine", engine), answer("simulate", *shape)
+    assert (found["engine"], found["ttft"], found["tpot"]) == (engine, own["ttft"], own["tpot"])
 
 
 def test_vllm_lets_decode_wait_for_prompts_and_chunks_do_not() -> None:

@@ -67,7 +67,7 @@ def test_a_manifest_becomes_tokens(stack: Stack) -> None:
     resource = stack.wait("chat", "chat to be ready", ready, timeout_s=120)
     plan = resource["status"]["plan"]
     assert plan["emulated"] is True
-    assert plan["algorithm"] == "HighAffinity"
+    assert plan["algorithm"] == "Joint"
     workers = [p for p in stack.pods("chat") if "disaggserve.dev/slot" in p["metadata"]["labels"]]
     assert len(workers) == sum(r["count"] for r in plan["roles"])
     asked = {"model": MODEL, "prompt": "a prompt", "max_tokens": 12, "temperature": 0, "ignore_eos": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,17 @@ def test_one_good_window_among_bad_ones_is_held(first: Commit) -> None:
 def test_dwell_and_budget_hold(first: Commit) -> None:
     assert "minDwell" in judged(windows(1.0), first, since_last_s=5).reason
     assert "maxPerHour" in judged(windows(1.0), first, in_last_hour=2).reason
+
+
+def test_a_pause_before_one_window_is_not_planned_for(first: Commit) -> None:
+    """Its gap is in that window's CV, as one of 100 s is in the demo's when clients wait between two loads."""
+    steady = windows(1.0)
+    after_pause = replace(steady.windows[2], cv=8.0)
+    paused = drift.Traffic((*steady.windows[:2], after_pause), "")
+    wanted, found = judged(steady, first).plan, judged(paused, first).plan
+    assert wanted is not None
+    assert found is not None
+    assert found.plan.roles == wanted.plan.roles
 
 
 def test_far_fewer_gpus_are_taken(first: Commit) -> None:

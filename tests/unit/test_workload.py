@@ -266,6 +266,21 @@ def test_a_prefix_cache_forgets_the_least_recent_and_tails_first(tmp_path):
     assert workload.read_trace(read, cache_blocks=0).cached is None
 
 
+@given(
+    st.lists(st.lists(st.integers(0, 6), max_size=4, unique=True), max_size=25),
+    st.one_of(st.none(), st.integers(0, 6)),
+)
+def test_a_prefix_cache_is_one_list_by_last_use(prompts, size):
+    held = []  # least recently used first
+    expected = []
+    for blocks in prompts:
+        hits = len(list(itertools.takewhile(held.__contains__, blocks)))
+        expected.append(min(512 * hits, 512 * len(blocks)))
+        held = [b for b in held if b not in blocks] + blocks[::-1]
+        held = held if size is None else held[max(0, len(held) - size) :]
+    assert workload.replay_prefixes([(512 * len(b) + 1, b) for b in prompts], size) == expected
+
+
 def test_requests_above_the_context_fill_no_cache(tmp_path):
     text = mooncake((0, 1024, 977, [0, 1]), (1, 1024, 976, [0, 1]), (2, 1024, 976, [0, 1]))
     r, left_out = workload.read_trace(trace(tmp_path, text), context_length=2000).within(2000)

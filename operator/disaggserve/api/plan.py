@@ -28,10 +28,14 @@ class NodeShare(ApiModel):
 class RolePlan(ApiModel):
     """All instances of one role and one shape."""
 
-    role: RoleName = Field(description="What the instances may do: prefill or decode (mixed comes later).")
+    role: RoleName = Field(description="What the instances may do: prefill, decode, or mixed: both.")
     tp: int = Field(ge=1, le=64, description="Tensor parallelism: GPUs that share each layer. Example: 2.")
     pp: int = Field(ge=1, le=64, description="Pipeline parallelism: stages of layers. Example: 1.")
     count: int = Field(ge=1, le=512, description="Number of instances; each uses tp x pp GPUs. Example: 3.")
+    chunk: Annotated[int, Field(ge=1, le=65536)] | None = Field(
+        default=None,
+        description="Mixed: tokens of a step, prompts cut to fit; left out: whole prompts first. Example: 512.",
+    )
     nodes: tuple[NodeShare, ...] = Field(
         default=(),
         max_length=128,
@@ -45,6 +49,12 @@ class RolePlan(ApiModel):
             lambda self: not self.nodes or sum(n.count for n in self.nodes) == self.count,
             "nodes",
         ),
+        Rule(
+            "!has(self.chunk) || self.role == 'mixed'",
+            "only mixed instances have a chunk",
+            lambda self: self.chunk is None or self.role == "mixed",
+            "chunk",
+        ),
     )
 
     @property
@@ -52,7 +62,8 @@ class RolePlan(ApiModel):
         return self.tp * self.pp * self.count
 
     def words(self) -> str:
-        return f"{self.count}×tp{self.tp}" + (f"pp{self.pp}" if self.pp > 1 else "")
+        shape = f"{self.count}×tp{self.tp}" + (f"pp{self.pp}" if self.pp > 1 else "")
+        return shape + (f" (chunk {self.chunk})" if self.chunk else "")
 
 
 class Percentiles(ApiModel):
@@ -172,6 +183,7 @@ class Plan(ApiModel):
     roles: tuple[RolePlan, ...] = Field(max_length=16, description="Shapes, counts and nodes by role.")
     prefill: Text = Field(default="", description="Prefill in short. Example: 1×tp2.")
     decode: Text = Field(default="", description="Decode in short. Example: 1×tp1.")
+    mixed: Text = Field(default="", description="Mixed in short. Example: 3×tp2 (chunk 2048).")
     bottleneck: Text = Field(
         default="", description="What binds each role. Example: prefill: TTFT; decode: KV memory."
     )

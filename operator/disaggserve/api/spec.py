@@ -253,7 +253,7 @@ class HardwareSpec(ApiModel):
 
     prices: Annotated[dict[ShortText, Price], Field(max_length=16)] = Field(
         default_factory=dict,
-        description="Price of a GPU-hour by product label, in any one currency. With them Joint looks for the lowest cost, on the products that have a price. Example: {NVIDIA-A100-SXM4-80GB: 1.8}.",
+        description="Price of a GPU-hour by product label: Joint then looks for the lowest cost on those products. Example: {NVIDIA-L40S: 0.9}.",
     )
 
     rules = (

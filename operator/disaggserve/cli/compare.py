@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
+
 from disaggserve.api.errors import InvalidInput
 from disaggserve.cli import show, traffic
 from disaggserve.cli.subject import Subject
@@ -57,7 +59,7 @@ def _table(sent: Traffic, rows: Sequence[tuple[Subject, Judged, float | None]]) 
     for subject, judged, goodput in rows:
         p = judged.prediction
         table.add_row(
-            subject.name,
+            escape(subject.name),
             str(subject.gpus),
             show.share(p),
             ", ".join(map(show.duration, p.ttft)),

@@ -96,13 +96,11 @@ def deployment(
     )
     if not mixed:
         return pools
-    alone = not wanted  # then the first token is made where the request stays
-    return dataclasses.replace(
-        pools,
-        mixed=mixed,
-        sticky=shapes[0].role == "colocated",
-        first_token_from="prefill" if alone else pools.first_token_from,
-    )
+    together = dataclasses.replace(pools, mixed=mixed, sticky=shapes[0].role == "colocated")
+    if wanted:
+        return together
+    # No instance only prefills or only decodes: how the engine hands KV from one to the other does not matter.
+    return dataclasses.replace(together, first_token_from="prefill", handoff="pull", transfer="link")
 
 
 def _mixed(pool: Pool, shape: Shape) -> Pool:

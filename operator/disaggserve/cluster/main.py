@@ -74,7 +74,7 @@ async def _serve(settings: Settings) -> None:
             log.info("leading as %s", settings.identity)
             metrics.LEADING.set(1)
             cluster = Cluster(await connect(), leader.fence)
-            reconciler = Reconciler(cluster, settings, clock, searches)
+            reconciler = Reconciler(cluster, settings, clock, searches, lambda: searches.warm)
             queue = Queue(reconciler.reconcile)
             await kopf.operator(
                 registry=registry(queue),

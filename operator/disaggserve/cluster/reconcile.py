@@ -104,13 +104,21 @@ def why_replan(spec: Spec, snap: observe.Snapshot, now_s: float) -> Why | None:
 
 
 class Reconciler:
-    """One per process. `pool` runs searches; everything that must last is in the cluster."""
+    """One per process. `pool` runs searches, `warm` says whether one would begin at once; what must last is in the cluster."""
 
-    def __init__(self, cluster: Cluster, settings: Settings, clock: Clock, pool: Executor) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        settings: Settings,
+        clock: Clock,
+        pool: Executor,
+        warm: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._cluster = cluster
         self._settings = settings
         self._clock = clock
         self._pool = pool
+        self._warm = warm
         self._traffic = Traffic(settings.prometheus_url)
         self._committing = asyncio.Lock()
         self._memory: dict[str, Memory] = {}
@@ -156,6 +164,8 @@ class Reconciler:
         else:
             snap = await self._decide(owner, spec, snap, memory, report, now_s, looked)
             _keep_advice(report, old)
+            if not self._warm():
+                _keep_judgement(report, old)
         again_s = seconds(spec.replan.interval) if spec.replan.mode != "Off" else _REST_S
         if snap.commits:
             latest = snap.commits[-1]
@@ -171,7 +181,7 @@ class Reconciler:
             report.set("Progressing", "False", "NoPlan", "nothing to carry out")
             again_s = min(again_s, _RETRY_S)
         self._say_traffic(spec, memory, report, old)
-        return again_s
+        return again_s if self._warm() else min(again_s, _WAIT_POLL_S)
 
     # ---- decide
 
@@ -180,13 +190,16 @@ class Reconciler:
     ) -> bool:
         """Reads traffic once an interval; True when there is a new look to judge."""
         if spec.replan.mode == "Off":
-            memory.traffic = None
+            memory.traffic = memory.verdict = None
             return False
         if self._clock.monotonic_s() - memory.looked_s < seconds(spec.replan.interval):
             return False
         memory.looked_s = self._clock.monotonic_s()
         window_s = seconds(spec.replan.window)
         memory.traffic = await self._traffic.read(owner, now_s, window_s, spec.replan.breaches)
+        if memory.traffic.unknown or not self._warm():
+            memory.verdict = None  # held: what was seen before says nothing of now
+            return False
         return bool(snap.commits)
 
     async def _decide(
@@ -260,6 +273,11 @@ class Reconciler:
         now_s: float,
     ) -> observe.Snapshot:
         """Searches, checks the path, commits. Whatever fails leaves the committed plan in force and says why."""
+        if why.cause != "RollBack" and not self._warm():
+            # Minutes at worst: the plan in force is carried out meanwhile, and status is kept.
+            words = f"{why.reason}; planning begins when the search process has loaded the simulator"
+            report.set("PlanFeasible", "Unknown", "WarmingUp", words)
+            return snap
         latest = snap.commits[-1].commit if snap.commits else None
         excluded = (*(latest.excluded_nodes if latest else ()), *why.excluded)
         workload = (
@@ -574,6 +592,16 @@ def _keep_advice(report: Report, old: Json) -> None:
     if (said["prefill"], said["decode"]) == (report.proposal.prefill, report.proposal.decode):
         report.proposal = Proposal.model_validate(said)
         report.decision = Decision.model_validate(last)
+
+
+def _keep_judgement(report: Report, old: Json) -> None:
+    """What a look at the traffic had said stands until the next one can be judged: a restart alone writes nothing."""
+    before = condition(old.get("conditions", []), "PlanFeasible")
+    if before and "PlanFeasible" not in report.conditions:
+        report.set("PlanFeasible", before["status"], before["reason"], before["message"])
+    if "proposal" in old:
+        report.proposal = Proposal.model_validate(old["proposal"])
+        report.decision = Decision.model_validate(old["lastDecision"])
 
 
 def _decision(stored: Stored) -> Decision:

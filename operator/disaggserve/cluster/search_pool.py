@@ -52,15 +52,23 @@ class SearchPool(Executor):
     @property
     def warm(self) -> bool:
         """Whether a search would begin at once: the compiled simulator is loaded."""
-        return self._first.done() and not self._first.cancelled() and self._first.exception() is None
+        if not self._first.done() or self._first.cancelled():
+            return False
+        error = self._first.exception()
+        if error is not None:
+            self._again(error)
+        return error is None
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         try:
             return self._pool.submit(fn, *args, **kwargs)
         except BrokenProcessPool as error:
-            log.warning("the search process died (%s); another one is started", error)
-            self._start()
+            self._again(error)
             return self._pool.submit(fn, *args, **kwargs)
+
+    def _again(self, error: BaseException) -> None:
+        log.warning("the search process died (%s); another one is started", error)
+        self._start()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Ends the processes where they stand: a search that nobody waits for is worth nothing."""

@@ -13,13 +13,15 @@ import numpy.typing as npt
 from disaggserve import simulate
 from disaggserve.catalogue import BLOCK_TOKENS, GPU, Link
 from disaggserve.engines import Role
+from disaggserve.latency import StepTimes
 from disaggserve.search import predicting
 from disaggserve.search.problem import Problem, Shape
 from disaggserve.simulate import Deployment, Outcome, Pool
 from disaggserve.workload import Requests, Workload
 
 SCREEN = 3000  # requests that show which of several are worth a closer look
-DRAWN = 16  # requests of so many (rate, window, seed) are remembered
+DRAWN = 16  # requests of so many (rate, number, seed) are remembered
+PART = 64  # instances of a larger pool that tell for all of them
 ENOUGH = 9000  # requests a seed after warm-up, where they come sooner than the steady 600 s; 3000 make decode look 5 % better
 RESOLUTION = 0.02
 
@@ -32,13 +34,13 @@ class Kept(NamedTuple):
     tpot: float
 
 
-_Drawn = dict[tuple[float, float, int], Requests]
+_Drawn = dict[tuple[float, int, int], Requests]
 
 
 class Goodputs:
     """Simulations of one search on one GPU product, counted, each goodput taken once.
 
-    `drawn`: requests by rate, seconds and seed, shared where one search has several of these.
+    `drawn`: requests by rate, how many and seed, shared where one search has several of these.
     """
 
     def __init__(self, problem: Problem, gpu: GPU, drawn: _Drawn | None = None) -> None:
@@ -76,11 +78,13 @@ class Goodputs:
         """Share of requests that keep their limit when `count` instances serve this phase and nothing else does.
 
         On one seed of a few thousand requests: to see what is worth a simulation of both phases. The other phase
-        only makes it worse (queues before the link, prefill's memory held), chance aside.
+        only makes it worse (queues before the link, prefill's memory held), chance aside. Of more than PART
+        instances PART are simulated with their share of the rate: what more of them in one pool gain is little.
         """
-        key = (role, shape, count, rate)
+        part = min(count, PART)
+        key = (role, shape, part, rate * part / count)
         if key not in self._alone:
-            self._alone[key] = self._one_phase(role, shape, count, rate, predicting.SEARCH_SEEDS[0], SCREEN)
+            self._alone[key] = self._one_phase(*key, predicting.SEARCH_SEEDS[0], SCREEN)
         return self._alone[key]
 
     def _one_phase(self, role: Role, shape: Shape, count: int, rate: float, seed: int, enough: int) -> float:
@@ -126,7 +130,15 @@ class Goodputs:
         enough: int = ENOUGH,
     ) -> Kept:
         """Mean shares over the seeds at that rate."""
-        rows = [self._kept(lambda r: simulate.run(deployment, r), rate, seed, enough) for seed in seeds]
+        seeds = predicting.needed(seeds, rate)
+        self.simulations += len(seeds)
+        drawn = {seed: self._requests(rate, enough, seed) for seed in seeds}
+        warmup, window = predicting.warmup_s(rate), predicting.window_s(rate, enough)
+
+        def run(seed: int) -> Kept:
+            return self._judged(drawn[seed], simulate.run(deployment, drawn[seed]), warmup, window)
+
+        rows = predicting.side_by_side(run, seeds)
         return Kept(*(float(np.mean(column)) for column in zip(*rows, strict=True)))
 
     def idle(self, role: Role, shape: Shape, quantile: float, link: Link | None = None) -> float:
@@ -140,8 +152,9 @@ class Goodputs:
         """The same in seconds by row of the lengths."""
         times, lengths = self.pool(shape).times, self.problem.workload.lengths
         if role == "prefill":
-            found, rows = np.unique(lengths.input, return_inverse=True)
-            return np.array([times.prefill_stage_s([n]) for n in found.tolist()])[rows] * times.pp
+            prompt = _computed(self.problem.workload)
+            alone_ns = _stage_ns(times, prompt) + times.prefill_quad_ns * prompt**2
+            return alone_ns * (1e-9 * times.pp)
         # Context + 1 grows by one a step: the mean over output − 1 steps.
         mean = lengths.input + (lengths.output + 2) / 2
         by_row = times.decode_stage_s(1, 0) + mean * (times.decode_stage_s(1, 1) - times.decode_stage_s(1, 0))
@@ -161,29 +174,34 @@ class Goodputs:
 
         def attain(rate: float) -> float:
             # Once the seeds left cannot make up for the misses, the answer is known.
-            total, left = 0.0, len(predicting.SEARCH_SEEDS)
-            for seed in predicting.SEARCH_SEEDS:
+            seeds = predicting.needed(predicting.SEARCH_SEEDS, rate)
+            total, left = 0.0, len(seeds)
+            for seed in seeds:
                 total, left = total + kept(rate, seed), left - 1
-                if total + left < target * len(predicting.SEARCH_SEEDS):
+                if total + left < target * len(seeds):
                     break
-            return (total + left) / len(predicting.SEARCH_SEEDS)
+            return (total + left) / len(seeds)
 
         return simulate.goodput(attain, target, start=start, low=good, resolution=RESOLUTION)
 
-    def _requests(self, rate: float, seconds: float, seed: int) -> Requests:
-        key = (rate, seconds, seed)
+    def _requests(self, rate: float, enough: int, seed: int) -> Requests:
+        key = (rate, enough, seed)
         if key not in self._drawn:
             if len(self._drawn) >= DRAWN:
                 self._drawn.clear()
             workload = dataclasses.replace(self.problem.workload, rate=rate)
+            seconds = predicting.warmup_s(rate) + predicting.window_s(rate, enough) + predicting.COOLDOWN_S
             self._drawn[key] = workload.requests(seconds, self.problem.seed * 1000 + seed)
         return self._drawn[key]
 
     def _kept(self, run: Callable[[Requests], Outcome], rate: float, seed: int, enough: int = ENOUGH) -> Kept:
         self.simulations += 1
-        warmup, window = predicting.WARMUP_S, predicting.window_s(rate, enough)
-        requests = self._requests(rate, warmup + window + predicting.COOLDOWN_S, seed)
-        outcome = run(requests)
+        requests = self._requests(rate, enough, seed)
+        warmup, window = predicting.warmup_s(rate), predicting.window_s(rate, enough)
+        return self._judged(requests, run(requests), warmup, window)
+
+    def _judged(self, requests: Requests, outcome: Outcome, warmup: float, window: float) -> Kept:
+        """Shares of those that arrive in the `window` seconds after the warm-up."""
         begin, end = np.searchsorted(requests.arrival_ns, [int(warmup * 1e9), int((warmup + window) * 1e9)])
         cut = slice(int(begin), int(end))
         first, last = outcome.first_ns[cut], outcome.last_ns[cut]
@@ -201,21 +219,31 @@ def _prefill_per_s(pool: Pool, workload: Workload) -> float:
     return 1.0 / float(np.mean([pool.times.prefill_stage_s([n]) for n in lengths.tolist()]))
 
 
-def _prefill_fluid(pool: Pool, workload: Workload) -> float:
-    """Prompts per second of one instance that is never idle, each batched at the best batch's time per token."""
-    times, lengths = pool.times, workload.lengths.input.astype(np.float64)
+def _computed(workload: Workload) -> npt.NDArray[np.float64]:
+    """Prompt tokens by row of the lengths, those aside that a prefix cache holds."""
+    prompt = workload.lengths.input.astype(np.float64)
+    trace = workload.trace
+    if trace is None or trace.cached is None or len(trace) != len(prompt):
+        return prompt
+    return np.maximum(prompt - trace.cached, 1.0)
+
+
+def _stage_ns(times: StepTimes, tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """A prefill stage by tokens of the batch, attention's square aside."""
     knots, ns = times.prefill_knots_tokens, times.prefill_knots_ns
     slope = (ns[-1] - ns[-2]) / (knots[-1] - knots[-2])
+    beyond = np.maximum(tokens - knots[-1], 0.0)
+    values: npt.NDArray[np.float64] = np.interp(tokens, knots, ns) + slope * beyond
+    return values
 
-    def stage_ns(tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        beyond = np.maximum(tokens - knots[-1], 0.0)
-        values: npt.NDArray[np.float64] = np.interp(tokens, knots, ns) + slope * beyond
-        return values
 
+def _prefill_fluid(pool: Pool, workload: Workload) -> float:
+    """Prompts per second of one instance that is never idle, each batched at the best batch's time per token."""
+    times, lengths = pool.times, _computed(workload)
     totals = np.linspace(1, max(pool.batch_tokens, 2), 64)
-    a_token = float(np.min(stage_ns(totals) / totals))
-    batched = np.minimum(lengths * a_token, stage_ns(lengths))
-    work = np.where(lengths <= pool.batch_tokens, batched, stage_ns(lengths))
+    a_token = float(np.min(_stage_ns(times, totals) / totals))
+    batched = np.minimum(lengths * a_token, _stage_ns(times, lengths))
+    work = np.where(lengths <= pool.batch_tokens, batched, _stage_ns(times, lengths))
     return 1e9 / float(np.mean(work + times.prefill_quad_ns * lengths**2))
 
 

@@ -19,14 +19,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from disaggserve import engines, hardware, simulate
+from disaggserve import catalogue, engines, hardware, simulate
 from disaggserve.api.errors import Infeasible
 from disaggserve.catalogue import GPU, Link
 from disaggserve.engines import Role
 from disaggserve.hardware import Inventory, Node
-from disaggserve.search import packing, predicting, shapes
+from disaggserve.search import mixed, packing, predicting, shapes
 from disaggserve.search.goodputs import SCREEN, Goodputs, Kept, bound_per_gpu
 from disaggserve.search.high_affinity import Counts
+from disaggserve.search.mixed import Mixed
 from disaggserve.search.packing import Group, NoRoom, Standing
 from disaggserve.search.paper import MOST_REJECTED, Paper
 from disaggserve.search.problem import Placement, Problem, Progress, Rejected, Shape
@@ -95,10 +96,10 @@ class Plan:
     link: Link
     deployment: Deployment
     changed: int  # GPUs of instances that would be created or deleted
-
-    @property
-    def gpus(self) -> int:
-        return self.split.counts.gpus
+    gpus: int
+    prefill: GPU
+    decode: GPU
+    words: str
 
 
 class Joint:
@@ -121,7 +122,7 @@ class Joint:
                     f"hardware.prices has none of the nodes' products: {'; '.join(r.reason for r in self.rejected)}",
                 )
         self.products = products
-        drawn: dict[tuple[float, float, int], Requests] = {}
+        drawn: dict[tuple[float, int, int], Requests] = {}
         self.goodputs = {gpu: Goodputs(problem, gpu, drawn) for gpu, _ in products}
         self.refused: list[shapes.Refused] = []
         self.shapes = self._shapes()
@@ -139,7 +140,11 @@ class Joint:
         roles: tuple[Role, ...] = ("prefill", "decode")
         for role in roles:
             for gpu, inventory in self.products:
-                paper = Paper(dataclasses.replace(problem, inventory=inventory), gpu, self.tell)
+                paper = Paper(
+                    dataclasses.replace(problem, inventory=inventory, algorithm="HighAffinity"),
+                    gpu,
+                    self.tell,
+                )
                 tried, no = shapes.shapes(
                     problem.model,
                     gpu,
@@ -193,6 +198,8 @@ class Joint:
 
     def place(self) -> Placement:
         """The placement. Raises `Infeasible` with the limit that binds and the nearest that could be kept."""
+        if not self.grounds:
+            return self._inside()
         if self.problem.objective == "goodput":
             return self._most()
         pools: Placement | None = None
@@ -214,8 +221,14 @@ class Joint:
         for cost, splits in self._levels(self._available()):
             found = self._best(self._packed(splits), f"{cost.gpus} GPUs")
             if found is not None:
-                return self._placement(*found)
-        raise self._no_plan()
+                return self._mixed(cost) or self._placement(*found)
+        fault = self._no_plan()
+        placement = self._mixed(None)
+        if placement is None:
+            raise fault
+        return dataclasses.replace(
+            placement, rejected=(Rejected("prefill and decode apart", str(fault)), *placement.rejected)
+        )
 
     def _cost(self, split: Split) -> Cost:
         gpus = {"prefill": split.prefill.gpus * split.n, "decode": split.decode.gpus * split.m}
@@ -263,7 +276,8 @@ class Joint:
             target = self.problem.promise.attainment
             best = sorted((-hope, split) for hope, split in hopeful if hope >= target - HOPE)
             if best:
-                yield level, [split for _, split in best[:SCREENED]]
+                few = SCREENED if self.problem.workload.rate <= predicting.MANY_S else FINALISTS
+                yield level, [split for _, split in best[:few]]
 
     def _pairs_of(self, ground: Ground) -> list[tuple[Shape, Shape]]:
         """Pairs of shapes that the engine takes and that keep the promise without load, the transfer in it."""
@@ -328,14 +342,13 @@ class Joint:
         target, rate = self.problem.promise.attainment, self.problem.workload.rate
         screened: list[tuple[float, Plan]] = []
         for done, plan in enumerate(plans):
-            self.tell(f"{what}: {plan.split.counts}", done, len(plans))
+            self.tell(f"{what}: {plan.words}", done, len(plans))
             kept = self._kept(plan, rate, predicting.SEARCH_SEEDS[:1], SCREEN).both
             screened.append((kept, plan))
         screened.sort(key=lambda s: (-s[0], s[1].split))
+        last = FINALISTS if rate <= predicting.MANY_S else FINALISTS // 2
         finalists = [
-            (self._kept(plan, rate).both, plan)
-            for kept, plan in screened[:FINALISTS]
-            if kept >= target - HOPE
+            (self._kept(plan, rate).both, plan) for kept, plan in screened[:last] if kept >= target - HOPE
         ]
         finalists.sort(key=lambda f: (f[0] < target, f[1].changed, -f[0], f[1].split))
         said: list[Rejected] = []
@@ -345,21 +358,88 @@ class Joint:
             prediction = self._predict(plan, rate)
             if prediction.attainment >= target:
                 others = [
-                    Rejected(self._named(other), f"{what} too, and {mine:.1%} keep the promise at that rate")
+                    Rejected(other.words, f"{what} too, and {mine:.1%} keep the promise at that rate")
                     for mine, other in finalists
                     if other is not plan
                 ]
                 return plan, prediction, said + others[:3]
-            said.append(Rejected(self._named(plan), f"attains {prediction.attainment:.1%} on fresh seeds"))
+            said.append(Rejected(plan.words, f"attains {prediction.attainment:.1%} on fresh seeds"))
         if not said and screened:
             kept, plan = max(finalists, key=lambda f: f[0]) if finalists else screened[0]
-            said.append(Rejected(self._named(plan), f"{kept:.1%} keep the promise, the best of {what}"))
+            said.append(Rejected(plan.words, f"{kept:.1%} keep the promise, the best of {what}"))
         self.rejected[:0] = said[:1]
         return None
 
-    def _named(self, plan: Plan) -> str:
-        ground = self.grounds[plan.split.ground]
-        return str(plan.split.counts) + (f" ({ground})" if len(self.grounds) > 1 else "")
+    # ------------------------------------------------------------------------------------------- do not disaggregate
+
+    def _mixed(self, pools: Cost | None) -> Placement | None:
+        """Instances that prefill and decode, where they cost less than `pools` (None: than nothing that was found) and
+        the engine can run them. What loses, and what the engine cannot do, is among the rejected."""
+        problem, target = self.problem, self.problem.promise.attainment
+        found: list[tuple[Cost, Mixed, float, Inventory]] = []
+        for gpu, inventory in self.products:
+            shapes_of = [s for s in self.shapes[gpu, "prefill"] if s in self.shapes[gpu, "decode"]]
+            free = min(problem.max_gpus, inventory.gpus_free)
+            while pools and free > 0 and self._mixed_cost(gpu, free) >= pools:
+                free -= 1
+            self.tell(f"one kind of instance on {gpu.short}", 0, 1)
+            link = catalogue.pod_link(
+                gpu, all(n.rdma for n in inventory.nodes), gpu, all(n.rdma for n in inventory.nodes)
+            )
+            for one, share in mixed.fewest(problem, self.goodputs[gpu], shapes_of, free, link):
+                found.append((self._mixed_cost(gpu, one.gpus), one, share, inventory))
+        found.sort(key=lambda f: (f[0], -f[2], f[1].gpu.product))
+        for cost, one, share, inventory in found[:FINALISTS]:
+            plan = self._mixed_plan(one, inventory)
+            if plan is None:
+                continue
+            if share >= target - HOPE / 4:
+                share = self._kept(plan, problem.workload.rate).both
+            if share < target:
+                self.rejected.append(
+                    Rejected(str(one), f"{share:.1%} keep the promise on {_gpus(cost.gpus)}")
+                )
+                continue
+            if reason := engines.refuse_mixed(problem.engine, len(one.parts)):
+                words = f"{reason}; it would take {_gpus(cost.gpus)}"
+                self.rejected.insert(0, Rejected(str(one), words))
+                if not problem.engine.colocates:
+                    return None
+                continue
+            prediction = self._predict(plan, problem.workload.rate)
+            if prediction.attainment >= target:
+                return self._placement(plan, prediction, [])
+            self.rejected.append(Rejected(str(one), f"attains {prediction.attainment:.1%} on fresh seeds"))
+        return None
+
+    def _mixed_cost(self, gpu: GPU, gpus: int) -> Cost:
+        return Cost(round(self.problem.prices.get(gpu.product, 0.0) * gpus, 6), gpus)
+
+    def _mixed_plan(self, one: Mixed, inventory: Inventory) -> Plan | None:
+        """On nodes; None where they do not fit, which is then among the rejected."""
+        try:
+            (group,) = packing.pack(
+                [("mixed", *one.shape, one.count)],
+                inventory,
+                self._standing(inventory, self.problem.keep),
+            )
+        except NoRoom as e:
+            self.rejected.append(Rejected(str(one), f"does not fit the free GPUs: {e}"))
+            return None
+        groups = one.groups(group.nodes)
+        link = predicting.kv_link(inventory, groups)
+        split = Split(0, one.shape, one.count, one.shape, 0)
+        return Plan(
+            split,
+            groups,
+            link,
+            mixed.deployment(self.problem, one, link),
+            self._changed(groups),
+            one.gpus,
+            one.gpu,
+            one.gpu,
+            str(one),
+        )
 
     # ---------------------------------------------------------------------------------------- the highest goodput
 
@@ -420,7 +500,7 @@ class Joint:
             if other is not plan:
                 self.rejected.append(
                     Rejected(
-                        self._named(other),
+                        other.words,
                         f"{rate / other.gpus:.2f} req/s per GPU, {floor(rate)} in all; the chosen has "
                         f"{goodput / plan.gpus:.2f} and {floor(goodput)}",
                     )
@@ -464,9 +544,7 @@ class Joint:
                 kept = [(self._kept(plan, problem.workload.rate).both, plan) for plan in plans[:FINALISTS]]
                 best, plan = max(kept, key=lambda k: k[0])
                 if best >= problem.promise.attainment:
-                    words.append(
-                        f"{problem.workload.rate:g} req/s takes {cost.gpus} GPUs ({self._named(plan)})"
-                    )
+                    words.append(f"{problem.workload.rate:g} req/s takes {cost.gpus} GPUs ({plan.words})")
                     break
             else:
                 words.append(f"{problem.workload.rate:g} req/s takes more than {MOST_GPUS} GPUs")
@@ -480,7 +558,7 @@ class Joint:
             words.append(f"any plan that keeps the promise takes at least {least} GPUs")
         else:
             plan, goodput = found
-            words.append(f"with {plan.gpus} GPUs {floor(goodput)} req/s could be kept ({self._named(plan)})")
+            words.append(f"with {plan.gpus} GPUs {floor(goodput)} req/s could be kept ({plan.words})")
         return Infeasible("GPUs", "; ".join(words))
 
     def _no_pair(self) -> Infeasible:
@@ -509,6 +587,14 @@ class Joint:
 
     # ------------------------------------------------------------------------------------------- pairs in containers
 
+    def _inside(self) -> Placement:
+        """Where KV must stay inside a node: pairs, or instances that prefill and decode."""
+        apart = Infeasible("Affinity", "hardware.affinity Low keeps KV inside a node")
+        whole = self._mixed(None) if self.problem.objective == "gpus" else None
+        if whole is None:
+            return self._or_pairs(None, apart)
+        return self._or_pairs(whole, None)
+
     def _or_pairs(self, pools: Placement | None, fault: Infeasible | None) -> Placement:
         """The pools, or pairs of Algorithm 2 where those take fewer GPUs or nothing else keeps the promise."""
         found: list[Placement] = []
@@ -533,7 +619,9 @@ class Joint:
             return dataclasses.replace(pools, rejected=(*pools.rejected, *said)[:MOST_REJECTED])
         best = min(found, key=lambda p: p.gpus)
         said = [Rejected("prefill and decode apart", str(fault))] if fault else []
-        if pools:
+        if pools and pools.groups[0].role == "mixed":
+            said = [Rejected("prefill and decode in one instance", f"takes {pools.gpus} GPUs")]
+        elif pools:
             said = [
                 Rejected(f"prefill and decode apart, KV over {pools.link.name}", f"takes {pools.gpus} GPUs")
             ]
@@ -608,7 +696,18 @@ class Joint:
             link,
             profile=problem.profile,
         )
-        return Plan(split, groups, link, deployment, self._changed(groups))
+        where_words = f" ({ground})" if len(self.grounds) > 1 else ""
+        return Plan(
+            split,
+            groups,
+            link,
+            deployment,
+            self._changed(groups),
+            split.counts.gpus,
+            ground.prefill,
+            ground.decode,
+            f"{split.counts}{where_words}",
+        )
 
     def _standing(self, inventory: Inventory, keep: Sequence[Standing]) -> list[Standing]:
         """Of what stands, that which is not on another ground's node."""
@@ -632,34 +731,34 @@ class Joint:
         seeds: Sequence[int] = predicting.SEARCH_SEEDS,
         enough: int | None = None,
     ) -> Kept:
-        goodputs = self.goodputs[self.grounds[plan.split.ground].prefill]
+        goodputs = self.goodputs[plan.prefill]
         if enough is None:
             return goodputs.kept(plan.deployment, rate, seeds)
         return goodputs.kept(plan.deployment, rate, seeds, enough)
 
     def _predict(self, plan: Plan, rate: float) -> Prediction:
         problem = self.problem
-        self.tell(f"{plan.split.counts} on fresh seeds", 0, 1)
+        self.tell(f"{plan.words} on fresh seeds", 0, 1)
         seeds = [problem.seed * 1000 + s for s in predicting.FRESH_SEEDS]
-        self.goodputs[self.grounds[plan.split.ground].prefill].simulations += len(seeds)
+        self.goodputs[plan.prefill].simulations += len(seeds)
         workload = dataclasses.replace(problem.workload, rate=rate)
         return predicting.predict(plan.deployment, workload, problem.promise, seeds=seeds)
 
     def _placement(
         self, plan: Plan, prediction: Prediction, said: list[Rejected], goodput: float | None = None
     ) -> Placement:
-        problem, ground = self.problem, self.grounds[plan.split.ground]
+        problem = self.problem
         rate = problem.workload.rate
-        goodputs = self.goodputs[ground.prefill]
+        goodputs = self.goodputs[plan.prefill]
         if goodput is None:
             self.tell("goodput of the plan", 0, 1)
             goodput = goodputs.joint(plan.deployment, 1.1 * rate, rate)
         else:
             rate = goodput
-        bound = bound_per_gpu(
-            problem, ground.prefill, max(n.gpus_total for n in ground.nodes("decode")), ground.decode
-        )
-        times = [p.times.provenance.describe() for p in plan.deployment.prefill + plan.deployment.decode]
+        node_gpus = max(n.gpus_total for n in problem.inventory.nodes if n.gpu is plan.decode)
+        bound = bound_per_gpu(problem, plan.prefill, node_gpus, plan.decode)
+        d = plan.deployment
+        times = [p.times.provenance.describe() for p in d.prefill + d.mixed + d.decode]
         return Placement(
             algorithm="Joint",
             affinity=self.affinity,
@@ -686,6 +785,9 @@ class Joint:
         """What binds first above the goodput, and how the other phase stands there."""
         rate = 1.15 * goodput
         kept = self._kept(plan, rate)
+        if plan.deployment.mixed:
+            what = "TTFT" if kept.ttft < kept.tpot else "TPOT"
+            return f"mixed: {what} binds first, above {floor(goodput)} req/s"
         shares: dict[Role, float] = {"prefill": kept.ttft, "decode": kept.tpot}
         first: Role = "prefill" if kept.ttft < kept.tpot else "decode"
         words: list[str] = []
@@ -711,3 +813,7 @@ class Joint:
         )
         with_room = self._kept(dataclasses.replace(plan, deployment=more), rate).both
         return 1 - with_room <= 0.5 * (1 - kept.both)
+
+
+def _gpus(n: int) -> str:
+    return f"{n} GPU" if n == 1 else f"{n} GPUs"

@@ -48,6 +48,9 @@ class Group:
     pp: int
     count: int
     nodes: tuple[tuple[str, int], ...]  # (node name, instances), in order of name
+    chunk: int | None = (
+        None  # mixed: tokens of a step, prompts cut to fit; None: whole prompts, before decode
+    )
 
     @property
     def gpus(self) -> int:

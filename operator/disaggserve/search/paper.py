@@ -16,7 +16,7 @@ from disaggserve.api.errors import Infeasible
 from disaggserve.catalogue import GPU, Link
 from disaggserve.engines import Role
 from disaggserve.search import high_affinity, low_affinity, packing, predicting, shapes
-from disaggserve.search.goodputs import Goodputs, Kept, bound_per_gpu
+from disaggserve.search.goodputs import RESOLUTION, Goodputs, Kept, bound_per_gpu
 from disaggserve.search.high_affinity import Counts
 from disaggserve.search.low_affinity import Pair
 from disaggserve.search.packing import Group, NoRoom
@@ -61,18 +61,32 @@ class Paper:
         )
 
     def place(self) -> Placement:
+        """The placement. Raises `Infeasible`."""
         tried, refused = self._shapes()
-        found = self._high(tried) if self.high else self._low(tried)
-        plan, prediction, added = found
         problem = self.problem
+        if problem.objective == "goodput":
+            plan, prediction, goodput = self._most(tried)
+            return self._placement(plan, prediction, refused, goodput, goodput)
+        plan, prediction, added = self._high(tried) if self.high else self._low(tried)
+        self.rejected[:0] = added
         rate = problem.workload.rate
         self.tell("goodput of the plan", 0, 1)
         # The rate itself was met on fresh seeds, whatever the search's own say a step of the bisection below.
         goodput = max(rate, plan.copies * self.goodputs.joint(plan.deployment, rate / plan.copies))
         self.tell("goodput of the plan", 1, 1)
-        bound = bound_per_gpu(problem, self.gpu, self.node_gpus)
+        return self._placement(plan, prediction, refused, rate, goodput)
+
+    def _placement(
+        self,
+        plan: _Plan,
+        prediction: Prediction,
+        refused: list[shapes.Refused],
+        rate: float,
+        goodput: float,
+    ) -> Placement:
+        bound = bound_per_gpu(self.problem, self.gpu, self.node_gpus)
         times = [p.times.provenance.describe() for p in plan.deployment.prefill + plan.deployment.decode]
-        rejected = (*added, *self.rejected, *shapes.summary(refused))
+        rejected = (*self.rejected, *shapes.summary(refused))
         return Placement(
             algorithm="HighAffinity" if self.high else "LowAffinity",
             affinity=self.affinity,
@@ -91,6 +105,28 @@ class Paper:
             rejected=rejected[:MOST_REJECTED],
             simulations=self.goodputs.simulations,
         )
+
+    def _most(self, tried: dict[Role, tuple[Shape, ...]]) -> tuple[_Plan, Prediction, float]:
+        """The highest goodput that the GPUs at hand have, kept on fresh seeds."""
+        if self.high:
+            phases = self._phases(tried)
+            fastest = self._fastest_high(phases)
+            if fastest is None:
+                raise Infeasible("GPUs", self._nearest_high(phases))
+            counts, goodput = fastest
+            plan = self._pack_counts(counts)
+        else:
+            found = self._pairs(tried)
+            largest = self._fastest_low(found)
+            if largest is None:
+                raise Infeasible("GPUs", self._nearest_low(found))
+            goodput, pair, count = largest
+            plan = self._pack_pair(pair, count)
+        prediction = self._predict(plan, goodput)
+        while prediction.attainment < self.problem.promise.attainment:
+            goodput *= 1 - RESOLUTION
+            prediction = self._predict(plan, goodput)
+        return plan, prediction, goodput
 
     # ------------------------------------------------------------------------------------------------ phases
 
@@ -211,7 +247,7 @@ class Paper:
         published = counts
         said: list[Rejected] = []
         while True:
-            prediction = self._predict(plan)
+            prediction = self._predict(plan, self.problem.workload.rate)
             if prediction.attainment >= target:
                 return plan, prediction, said
             if counts == published:
@@ -272,8 +308,8 @@ class Paper:
         nearest = self._nearest_limit(role, counts.prefill if role == "prefill" else counts.decode)
         raise Infeasible(limit, f"{message}; a {limit} of about {milliseconds(nearest)} could be kept")
 
-    def _nearest_high(self, phases: dict[Role, dict[Shape, float]]) -> str:
-        """The highest rate, by the phases alone, that fits what is free; checked together by simulation."""
+    def _fastest_high(self, phases: dict[Role, dict[Shape, float]]) -> tuple[Counts, float] | None:
+        """The highest rate, by the phases alone, that fits what is free, and its goodput by simulation of both."""
         limit = min(self.problem.max_gpus, self._available())
         options: list[tuple[float, int, Counts]] = []
         for p, per_p in phases["prefill"].items():
@@ -293,14 +329,21 @@ class Paper:
             start = min(
                 counts.n * phases["prefill"][counts.prefill], counts.m * phases["decode"][counts.decode]
             )
-            goodput = self.goodputs.joint(plan.deployment, start)
+            return counts, self.goodputs.joint(plan.deployment, start)
+        return None
+
+    def _nearest_high(self, phases: dict[Role, dict[Shape, float]]) -> str:
+        fastest = self._fastest_high(phases)
+        if fastest is not None:
+            counts, goodput = fastest
             return f"with {counts.gpus} GPUs {floor(goodput)} req/s could be kept ({counts})"
         least = sum(min(s.gpus for s, g in of_role.items() if g) for of_role in phases.values())
         return f"any plan that keeps the promise takes at least {least} GPUs"
 
     # ------------------------------------------------------------------------------------------- Algorithm 2
 
-    def _low(self, tried: dict[Role, tuple[Shape, ...]]) -> tuple[_Plan, Prediction, list[Rejected]]:
+    def _pairs(self, tried: dict[Role, tuple[Shape, ...]]) -> dict[Pair, float]:
+        """Goodput of every pair. Raises `Infeasible` where none has any."""
         problem = self.problem
         self._phases_possible(tried)
         found: dict[Pair, float] = {}
@@ -318,12 +361,17 @@ class Paper:
         for done, pair in enumerate(pairs):
             self.tell(str(pair), done, len(pairs))
             found[pair] = self._pair_goodput(pair)
-        order = ranked(found)
-        if not order:
+        if not any(found.values()):
             raise Infeasible(
                 "TTFT" if self._worse(pairs[-1]) == "prefill" else "TPOT",
                 f"no pair on one node of {self.node_gpus} {self.gpu.short} keeps the promise even without load",
             )
+        return found
+
+    def _low(self, tried: dict[Role, tuple[Shape, ...]]) -> tuple[_Plan, Prediction, list[Rejected]]:
+        problem = self.problem
+        found = self._pairs(tried)
+        order = ranked(found)
         best = order[0]
         for other in order[1:4]:
             self.rejected.append(
@@ -375,7 +423,7 @@ class Paper:
         said: list[Rejected] = []
         while True:
             plan = self._pack_pair(pair, count)
-            prediction = self._predict(plan)
+            prediction = self._predict(plan, self.problem.workload.rate)
             if prediction.attainment >= self.problem.promise.attainment:
                 return plan, prediction, said
             said.append(Rejected(f"{count} × {pair}", f"attains {prediction.attainment:.1%} on fresh seeds"))
@@ -392,7 +440,8 @@ class Paper:
         link = predicting.kv_link(p.inventory, groups, paired=True)
         return _Plan(groups, link, self._pair_deployment(pair), copies=count)
 
-    def _nearest_low(self, found: dict[Pair, float]) -> str:
+    def _fastest_low(self, found: dict[Pair, float]) -> tuple[float, Pair, int] | None:
+        """The highest rate of pairs that fit what is free."""
         limit = min(self.problem.max_gpus, self._available())
         options: list[tuple[float, Pair, int]] = []
         for pair, goodput in found.items():
@@ -403,20 +452,24 @@ class Paper:
                     continue
                 options.append((goodput * count, pair, count))
                 break
-        if not options:
+        return max(options, key=lambda o: (o[0], -o[1].gpus * o[2])) if options else None
+
+    def _nearest_low(self, found: dict[Pair, float]) -> str:
+        fastest = self._fastest_low(found)
+        if fastest is None:
             least = min(p.gpus for p, g in found.items() if g)
             return f"any pair that keeps the promise takes at least {least} GPUs of one node"
-        rate, pair, count = max(options, key=lambda o: (o[0], -o[1].gpus * o[2]))
+        rate, pair, count = fastest
         return f"with {pair.gpus * count} GPUs {floor(rate)} req/s could be kept ({count} × {pair})"
 
     # -------------------------------------------------------------------------------------------------- both
 
-    def _predict(self, plan: _Plan) -> Prediction:
+    def _predict(self, plan: _Plan, rate: float) -> Prediction:
         problem = self.problem
         self.tell(f"the plan of {plan.gpus} GPUs", 0, 1)
         # Low-affinity pairs: each is one more queue with its share of a random split, which is a little
         # harder on it than the router's shortest queue.
-        share = dataclasses.replace(problem.workload, rate=problem.workload.rate / plan.copies)
+        share = dataclasses.replace(problem.workload, rate=rate / plan.copies)
         seeds = [problem.seed * 1000 + s for s in predicting.FRESH_SEEDS]
         self.goodputs.simulations += len(seeds)
         return predicting.predict(plan.deployment, share, problem.promise, seeds=seeds)
@@ -441,7 +494,6 @@ class Paper:
 
     def _bottleneck(self, plan: _Plan, goodput: float) -> str:
         """What binds first above the goodput, and how far the other phase would go."""
-        problem = self.problem
         if goodput <= 0:
             return ""
         kept = self.goodputs.kept(plan.deployment, 1.15 * goodput / plan.copies)
@@ -457,7 +509,7 @@ class Paper:
                 continue
             (group,) = (g for g in plan.groups if g.role == role)
             alone = self.goodputs.phase(role, Shape(group.tp, group.pp))
-            one = group.count == 1 and alone > 2 * problem.workload.rate
+            one = group.count == 1 and alone > 2 * goodput
             least = ", and one is the least" if one else ""
             words.append(f"{role}: {what}, an instance alone is good for {alone:.1f} req/s{least}")
         return "; ".join(words)

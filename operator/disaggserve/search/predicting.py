@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
-from disaggserve import catalogue, hardware, latency, simulate
+from disaggserve import catalogue, engines, hardware, latency, simulate
 from disaggserve.api.errors import InvalidInput
 from disaggserve.catalogue import GPU, Link, Model
 from disaggserve.engines import Engine, Role
@@ -14,12 +17,16 @@ from disaggserve.search.packing import Group, Wanted
 from disaggserve.simulate import Deployment, Outcome, Pool, Prediction, Promise
 from disaggserve.workload import Requests, Workload
 
+T = TypeVar("T")
+
 # Seeds: what is chosen on the first three is judged on others (REFERENCE § 3: the winner must be retested).
 SEARCH_SEEDS = (0, 1, 2)
 FRESH_SEEDS = tuple(range(100, 110))
+ROLES: tuple[Role, ...] = ("prefill", "decode", "mixed")
 WARMUP_S = 60.0
 COOLDOWN_S = 15.0  # requests after the judged ones, which would else decode on an emptying instance
 STEADY_S = 600.0
+MANY_S = 50.0  # req/s above which chance weighs little
 
 
 def pool(
@@ -38,6 +45,14 @@ def pool(
     return Pool(count, times, blocks, limit, batch_requests=engine.prefill_requests)
 
 
+def _mixed(pool: Pool, chunk: int | None) -> Pool:
+    """Instances that prefill and decode; without a chunk whole prompts as vLLM batches them."""
+    if chunk is None:
+        assert engines.VLLM.prefill_limit is not None
+        return dataclasses.replace(pool, batch_tokens=engines.VLLM.prefill_limit)
+    return dataclasses.replace(pool, batch_tokens=chunk, policy="chunked")
+
+
 def kv_link(inventory: Inventory, groups: Iterable[Group], *, paired: bool = False) -> Link:
     """The slowest link from a prefill to a decode instance of the groups.
 
@@ -49,7 +64,9 @@ def kv_link(inventory: Inventory, groups: Iterable[Group], *, paired: bool = Fal
         raise InvalidInput("no usable node tells which GPU and link the instances have")
     groups = list(groups)
     where: dict[Role, list[hardware.Node]] = {
-        role: [known[name] for g in groups if g.role == role for name, _ in g.nodes if name in known]
+        role: [
+            known[name] for g in groups if g.role in (role, "mixed") for name, _ in g.nodes if name in known
+        ]
         or list(known.values())
         for role in ("prefill", "decode")
     }
@@ -93,10 +110,10 @@ def deployment(
         gpus = {n.name: n.gpu for n in where.nodes}
         products = Counter(n.gpu.product for n in where.nodes)
         most = catalogue.gpu(min(products, key=lambda p: (-products[p], p)))
-        usual = {"prefill": most, "decode": most}
+        usual = dict.fromkeys(ROLES, most)
     else:
-        usual = {"prefill": where, "decode": where} if isinstance(where, GPU) else where
-    pools: dict[Role, list[Pool]] = {"prefill": [], "decode": []}
+        usual = dict.fromkeys(ROLES, where) if isinstance(where, GPU) else where
+    pools: dict[Role, list[Pool]] = {role: [] for role in ROLES}
     placed: list[Group] = []
     for g in groups:
         role, tp, pp, count = (g.role, g.tp, g.pp, g.count) if isinstance(g, Group) else g
@@ -107,7 +124,10 @@ def deployment(
                 by_gpu[gpus.get(name, usual[role])] += n
         by_gpu[usual[role]] += count - by_gpu.total()
         for gpu, n in sorted((+by_gpu).items(), key=lambda item: item[0].product):
-            pools[role].append(pool(model, gpu, engine, tp, pp, n, profile))
+            made = pool(model, gpu, engine, tp, pp, n, profile)
+            if role == "mixed":
+                made = _mixed(made, g.chunk if isinstance(g, Group) else None)
+            pools[role].append(made)
     if isinstance(link, str):
         link = named_link(usual["prefill"], link, usual["decode"])
     if link is None:
@@ -120,8 +140,11 @@ def deployment(
         model.kv_bytes_per_token(),
         min(link.bytes_per_s, engine.transfer_bytes_s or link.bytes_per_s),
         link.latency_s,
-        engine.first_token_from,
-        handoff=engine.handoff,
+        # Mixed instances make it where the prompt was computed; nothing of it is computed again.
+        "prefill" if pools["mixed"] else engine.first_token_from,
+        mixed=tuple(pools["mixed"]),
+        handoff="pull" if pools["mixed"] else engine.handoff,
+        sticky=len({(p.batch_tokens, p.policy) for p in pools["mixed"]}) == 1,
         transfer=engine.transfer,
         swap_bytes_s=engine.swap_bytes_s,
     )
@@ -133,24 +156,46 @@ def window_s(rate: float, enough: int, steady_s: float = STEADY_S) -> float:
     return min(max(300 / rate, min(steady_s, enough / rate)), 3600.0)
 
 
+def warmup_s(rate: float) -> float:
+    """Seconds that are not judged: long answers must have had time to gather. Where many come at once, two thirds."""
+    return WARMUP_S if rate <= MANY_S else 2 / 3 * WARMUP_S
+
+
+def needed(seeds: Sequence[int], rate: float) -> Sequence[int]:
+    """Of the seeds those that it takes: at high rates few say as much as many do at low ones (REFERENCE § 3)."""
+    return seeds if rate <= MANY_S else seeds[: -(-len(seeds) // 5)]
+
+
 def observe(
     deployment: Deployment,
     workload: Workload,
     *,
     seeds: Sequence[int] = FRESH_SEEDS,
     duration_s: float = STEADY_S,
-    enough: int = 10_000,
+    enough: int = 6000,
 ) -> tuple[Requests, Outcome]:
     """The requests judged, all seeds one after another on one clock, and what became of each.
 
     Per seed `duration_s` after a warm-up, less where `enough` requests come sooner.
     """
-    window = window_s(workload.rate, enough, duration_s)
-    runs: list[tuple[Requests, Outcome]] = []
-    for seed in seeds:
-        requests = workload.requests(WARMUP_S + window + COOLDOWN_S, seed)
-        runs.append((requests, simulate.run(deployment, requests)))
-    return simulate.joined(runs, WARMUP_S, WARMUP_S + window)
+    used = needed(seeds, workload.rate)
+    # Fewer seeds have longer windows: the warm-up of each costs most where requests come fast.
+    enough = enough if len(used) == len(seeds) else enough * len(seeds) // (2 * len(used))
+    warmup, window = warmup_s(workload.rate), window_s(workload.rate, enough, duration_s)
+
+    def run(seed: int) -> tuple[Requests, Outcome]:
+        requests = workload.requests(warmup + window + COOLDOWN_S, seed)
+        return requests, simulate.run(deployment, requests)
+
+    return simulate.joined(side_by_side(run, used), warmup, warmup + window)
+
+
+def side_by_side(run: Callable[[int], T], seeds: Sequence[int]) -> list[T]:
+    """`run` for each seed, in their order, two at a time: the kernel leaves the interpreter to others."""
+    if len(seeds) < 2:
+        return [run(seed) for seed in seeds]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return list(pool.map(run, seeds))
 
 
 def predict(
@@ -160,7 +205,7 @@ def predict(
     *,
     seeds: Sequence[int] = FRESH_SEEDS,
     duration_s: float = STEADY_S,
-    enough: int = 10_000,
+    enough: int = 6000,
 ) -> Prediction:
     """What the deployment attains on the workload: all seeds' requests (`observe`) judged together.
 

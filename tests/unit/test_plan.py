@@ -1,0 +1,157 @@
+"""From a spec to a plan: what the options ask for, and what a plan keeps so that it can be replayed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disaggserve import latency, plan, workload
+from disaggserve.api import manifest
+from disaggserve.api.errors import InvalidInput
+from disaggserve.api.plan import Plan
+from disaggserve.api.spec import Spec
+from tests.contract.broken import GOOD
+from tests.integration.bench import node
+
+FACTS = plan.Facts(nodes=(node("gpu-0", 8), node("gpu-1", 8)))
+FITS = Path(latency.__file__).parents[1] / "data" / "profiles" / "profiler-a100-80g.distserve.json"
+
+
+def spec(rate: float = 20, **parts: Any) -> Spec:
+    value = {**GOOD["spec"], "workload": {"rate": rate, "lengths": {"preset": "sharegpt"}}, **parts}
+    return manifest.load(json.dumps({**GOOD, "spec": value}))[0].spec
+
+
+def test_joint_is_the_default_and_says_what_it_did() -> None:
+    found = plan.draft(spec(), FACTS)
+    assert (found.plan.algorithm, found.plan.gpus, found.refusal) == ("Joint", 8, None)
+    assert found.plan.goodput_per_gpu == pytest.approx(found.plan.goodput / 8, rel=1e-3)
+    assert len(found.instances) == sum(r.count for r in found.plan.roles)
+    assert found.plan.cost is None
+
+
+def test_prices_make_a_cost() -> None:
+    found = plan.draft(spec(hardware={"prices": {"NVIDIA-A100-SXM4-80GB": 1.5}}), FACTS)
+    assert found.plan.cost == 1.5 * found.plan.gpus
+
+
+def test_any_engine_says_what_the_own_one_costs() -> None:
+    found = plan.draft(spec(5), FACTS, options=plan.Options(any_engine=True))
+    assert found.plan.gpus == 2
+    assert [r.role for r in found.plan.roles] == ["mixed"]
+    assert found.plan.setting is not None
+    assert found.plan.setting.engine != "torch"
+    said = {r.what: r.reason for r in found.plan.rejected}
+    assert said["engine torch"].startswith("takes 3 GPUs; ")
+    assert found.refusal is not None
+    # What is replayed is what was planned: colocated instances whose chunk the plan holds.
+    again = Plan.model_validate_json(found.plan.model_dump_json(exclude_none=True), strict=True)
+    predicted = plan.predict(again, plan.expected(spec(5)))
+    assert predicted.attainment == pytest.approx(found.plan.predicted.attainment, abs=1e-9)
+
+
+def test_what_the_engine_cannot_do_is_among_the_rejected_with_what_it_would_take() -> None:
+    said = {r.what: r.reason for r in plan.draft(spec(5), FACTS).plan.rejected}
+    (reason,) = (why for what, why in said.items() if what.startswith(("colocated", "mixed")))
+    assert reason.startswith("torch does not prefill and decode in one instance; it would take ")
+
+
+def test_a_plan_made_with_a_profile_is_replayed_with_it_only(tmp_path: Path) -> None:
+    slower = json.loads(FITS.read_text())
+    for fit in slower["facebook/opt-13b"].values():
+        fit["prefill"] = [1.5 * x for x in fit["prefill"]]
+    path = tmp_path / "slow.json"
+    path.write_text(json.dumps(slower))
+    profile = latency.Profile.load(path)
+    found = plan.draft(spec(), FACTS, options=plan.Options(profile=profile)).plan
+    assert found.gpus > 8
+    assert "slow fit" in found.latency_source
+    deployment, _ = plan.replay(found, profile)
+    assert deployment.prefill[0].times.provenance.describe().startswith("slow fit")
+    with pytest.raises(InvalidInput, match="made with the profile slow fit; give it with --profile"):
+        plan.replay(found)
+    with pytest.raises(InvalidInput, match="is not slow fit, with which the plan was made"):
+        plan.replay(found, latency.Profile.load(FITS))
+    with pytest.raises(InvalidInput, match="made without a profile"):
+        plan.replay(plan.draft(spec(5), FACTS).plan, profile)
+
+
+@pytest.mark.parametrize("algorithm", ["Joint", "HighAffinity"])
+def test_rate_max_is_the_goodput_of_the_gpus_at_hand(algorithm: str) -> None:
+    asked = spec(1, planner={"algorithm": algorithm}, hardware={"maxGPUs": 8})
+    found = plan.draft(asked, FACTS, options=plan.Options(objective="goodput")).plan
+    assert found.gpus <= 8
+    assert found.rate == found.goodput == found.workload.rate
+    assert found.predicted.attainment >= 0.9
+    assert plan.draft(spec(0.97 * found.rate, hardware={"maxGPUs": 8}), FACTS).plan.gpus <= 8
+
+
+def test_as_published_is_the_public_code() -> None:
+    asked = spec(1, planner={"algorithm": "LowAffinity"}, hardware={"maxGPUs": 4})
+    table = workload.preset("sharegpt")
+    first = replace(table, input=table.input[:300], output=table.output[:300])
+    options = plan.Options(as_published=True, objective="goodput")
+    found = plan.draft(asked, FACTS, workload.Workload(1.0, 1.0, first), options=options).plan
+    assert found.goodput_per_gpu == pytest.approx(2.344, abs=1e-3)
+    assert (found.prefill, found.decode) == ("1×tp2", "1×tp1")
+
+
+def test_another_process_makes_the_same_plan() -> None:
+    code = (
+        "from tests.unit.test_plan import *\n"
+        "found = plan.draft(spec(10), FACTS).plan\n"
+        "print(found.model_dump_json())"
+    )
+    printed = {
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        for _ in range(2)
+    }
+    assert len(printed) == 1
+    assert plan.draft(spec(10), FACTS).plan.digest in printed.pop()
+
+
+def test_the_digest_tells_what_was_asked_apart() -> None:
+    """Another profile, objective or order of arrivals is another question, even where the answer is the same."""
+    drawn = workload.Workload(5.0, 1.0, workload.preset("sharegpt")).requests(300, 0)
+    later = replace(drawn, arrival_ns=drawn.arrival_ns + 1000 * (drawn.arrival_ns > 10**11))
+    asked = [
+        (None, plan.Options()),
+        (None, plan.Options(profile=latency.Profile.load(FITS))),
+        (None, plan.Options(objective="goodput")),
+        (workload.from_trace(drawn, "a trace"), plan.Options()),
+        (workload.from_trace(later, "a trace"), plan.Options()),
+    ]
+    digests = {plan.draft(spec(5), FACTS, traffic, options=options).plan.digest for traffic, options in asked}
+    assert len(digests) == len(asked)
+
+
+def test_the_dtype_of_the_spec_stands_over_the_checkpoints() -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "max_position_embeddings": 4096,
+        "vocab_size": 32000,
+        "torch_dtype": "float32",
+    }
+    model = {"id": "acme/llama-7b", "config": json.dumps(config)}
+    whole, half = (spec(2, model={**model, **dtype}) for dtype in ({}, {"dtype": "bfloat16"}))
+    assert plan.model(whole).weight_bytes(1, 1) == 2 * plan.model(half).weight_bytes(1, 1)
+    made = plan.draft(half, FACTS).plan
+    assert made.setting is not None
+    assert plan.replay(made)[0].kv_bytes_per_token == plan.model(half).kv_bytes_per_token()
+
+
+def test_another_protocol_is_another_pairing_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = plan.pairing_key(spec())
+    monkeypatch.setattr("disaggserve.protocol.VERSION", 1_000)
+    assert plan.pairing_key(spec()) != before
