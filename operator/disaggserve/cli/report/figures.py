@@ -180,7 +180,10 @@ def _stack(axes: Any, rows: list[Breakdown], table: list[Parts[float]], unit: fl
                   label=PARTS[k], height=0.6, edgecolor=CARD, linewidth=0.8)  # fmt: skip
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for k, end in enumerate(left):
-        axes.annotate(_ms(end / unit), (end, k), xytext=(4, 0), textcoords="offset points", va="center")
+        axes.annotate(
+            _ms(end / unit), (end, k), xytext=(4, 0), textcoords="offset points", va="center",
+            bbox={"facecolor": CARD, "edgecolor": "none", "pad": 1}, zorder=5,
+        )  # fmt: skip
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.2)
 

@@ -164,7 +164,7 @@ def _facts(spec: Spec, p: Plan) -> str:
             ("Cost", f"{p.cost:,.2f} per hour for {p.gpus} GPUs, in the currency of hardware.prices")
         )
     found.append(("Step times", p.latency_source))
-    if p.search:
+    if p.search and p.search.simulations:
         found.append(("Search", f"{p.search.simulations:,} simulations"))
     return "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in found)
 
