@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from disaggserve import catalogue, engines, hardware, latency, search, simulate
+from disaggserve import catalogue, engines, hardware, latency, protocol, search, simulate
 from disaggserve import workload as workloads
 from disaggserve.api.errors import Fault, Infeasible, InvalidInput, InvalidManifest
 from disaggserve.api.model import seconds
@@ -134,6 +134,7 @@ def pairing_key(spec: Spec) -> str:
             "kvDtype": spec.model.kv_dtype,
             "blockTokens": engine.block_tokens,
             "handoff": engine.handoff,
+            "protocol": protocol.VERSION,
         }
     )[:_KEY_LENGTH]
 
@@ -158,9 +159,10 @@ def template(spec: Spec) -> str:
 
 def model(spec: Spec) -> catalogue.Model:
     """The catalogue's model, or the one that `model.config` describes."""
+    config = _config(spec)
     try:
-        if spec.model.config is not None:
-            return catalogue.model_from_config(spec.model.id, json.loads(spec.model.config))
+        if config is not None:
+            return catalogue.model_from_config(spec.model.id, json.loads(config))
         return catalogue.model(spec.model.id)
     except catalogue.UnknownModel as error:
         raise InvalidManifest(
@@ -168,6 +170,19 @@ def model(spec: Spec) -> catalogue.Model:
         ) from None
     except (catalogue.CatalogueError, ValueError) as error:
         raise InvalidManifest([Fault("spec.model.config", str(error))]) from None
+
+
+def _config(spec: Spec) -> str | None:
+    """`model.config` as it is served: with the dtype of the spec in place of the checkpoint's."""
+    config, dtype = spec.model.config, spec.model.dtype
+    try:
+        said = json.loads(config) if config is not None and dtype != "auto" else None
+    except ValueError:
+        said = None  # whoever reads it says what is wrong
+    if not isinstance(said, dict):
+        return config
+    said.pop("torch_dtype", None)
+    return json.dumps({**said, "dtype": dtype}, sort_keys=True, separators=(",", ":"))
 
 
 def context_length(spec: Spec) -> int:
@@ -273,7 +288,7 @@ def draft(
     instances = _slots(groups, key, made, previous, list(facts.own.values()))
     refused = tuple(RefusedNode(name=r.name, reason=r.reason) for r in beside.refused)
     plan = plan.model_copy(update={"refused_nodes": refused[:256], "emulated": nodes.simulated})
-    plan = plan.model_copy(update={"digest": _digest(spec, workload, plan)})
+    plan = plan.model_copy(update={"digest": _digest(spec, workload, plan, options)})
     return Draft(plan, instances, _refusal(spec, plan, nodes))
 
 
@@ -591,7 +606,7 @@ def _setting(
     profile = options.profile
     return Setting(
         model=spec.model.id,
-        config=spec.model.config,
+        config=_config(spec),
         engine=engine.name,
         gpu=product("prefill"),
         decode_gpu=product("decode") if product("decode") != product("prefill") else None,
@@ -685,12 +700,19 @@ def _refusal(spec: Spec, plan: Plan, nodes: hardware.Inventory) -> str | None:
     return reason
 
 
-def _digest(spec: Spec, workload: Workload, plan: Plan) -> str:
+def _digest(spec: Spec, workload: Workload, plan: Plan, options: Options) -> str:
     """SHA-256 of the inputs and the discrete decisions; no measured time is in it."""
+    profile = options.profile
     return digest(
         {
             "inputs": inputs(spec),
-            "workload": [round(workload.rate, 6), round(workload.cv, 6), _lengths_digest(workload)],
+            "workload": [round(workload.rate, 6), round(workload.cv, 6), _traffic_digest(workload)],
+            "options": [
+                profile.digest if profile else None,
+                options.objective,
+                options.any_engine,
+                options.resolution if options.as_published else None,
+            ],
             "algorithm": plan.algorithm,
             "affinity": plan.affinity,
             "roles": [r.model_dump(mode="json") for r in plan.roles],
@@ -698,5 +720,8 @@ def _digest(spec: Spec, workload: Workload, plan: Plan) -> str:
     )
 
 
-def _lengths_digest(workload: Workload) -> str:
-    return digest([workload.lengths.input.tolist(), workload.lengths.output.tolist()])
+def _traffic_digest(workload: Workload) -> str:
+    lengths, trace = workload.lengths, workload.trace
+    arrivals = trace.arrival_ns.tolist() if trace is not None else None
+    cached = trace.cached.tolist() if trace is not None and trace.cached is not None else None
+    return digest([lengths.input.tolist(), lengths.output.tolist(), arrivals, cached])

@@ -231,6 +231,65 @@ def test_the_public_codes_answer_from_files(tmp_path: Path) -> None:
     assert "--rate is 'often'" in refused.stderr
 
 
+def test_options_replace_what_the_resource_says(tmp_path: Path) -> None:
+    file = manifest(tmp_path / "cr.json", workload={"rate": 1, "lengths": {"preset": "sharegpt"}})
+    nodes = cluster(tmp_path / "c.yaml", dgx(1))
+    lengths = tmp_path / "l.csv"
+    lengths.write_text("input_tokens,output_tokens\n" + "400,100\n" * 9 + "2000,100\n")
+    given = ("plan", "-f", file, "--nodes", nodes, "--lengths", lengths)
+    done = run(*given, "--algorithm", "joint", "--rate", "20", "--max-gpus", "8", "-o", "json")
+    plan = json.loads(done.stdout)
+    assert (plan["algorithm"], plan["rate"]) == ("Joint", 20)
+    assert (plan["workload"]["inputMean"], plan["workload"]["outputMean"]) == (400, 100)
+    left_out = "1 of 10 requests (10.0%) are longer than the model's context of 2048 tokens and left out"
+    assert left_out in done.stderr
+    assert left_out in plan["workload"]["source"]
+    most = json.loads(run(*given, "--rate", "max", "--max-gpus", "3", "-o", "json").stdout)
+    assert most["rate"] == most["goodput"] > 1
+    assert most["gpus"] <= 3
+    few = run(*given, "--rate", "200", "--max-gpus", "2")
+    assert few.returncode == 3
+    assert "maxGPUs is 2; with 2 GPUs" in few.stderr
+    for options, words in (
+        (("--rate", "many"), "--rate is 'many'; give requests per second, or max"),
+        (("--rate", "0"), "--rate is '0'"),
+        (("--trace", lengths), "give one of them"),
+    ):
+        bad = run(*given, *options)
+        assert (bad.returncode, words in bad.stderr) == (1, True), bad.stderr
+
+
+def test_a_trace_is_planned_for_with_its_own_arrivals(tmp_path: Path) -> None:
+    file = manifest(tmp_path / "cr.json")
+    nodes = cluster(tmp_path / "c.yaml", dgx(1))
+    trace = tmp_path / "bursts.csv"
+    # Ten prompts at one moment every two seconds: 5 req/s on average.
+    rows = [f"{2 * k},{700 + i},80" for k in range(200) for i in range(10)]
+    trace.write_text("arrival_s,input_tokens,output_tokens\n" + "\n".join([*rows, "400,3000,10"]) + "\n")
+    done = run("plan", "-f", file, "--nodes", nodes, "--trace", trace, "-o", "json")
+    plan = json.loads(done.stdout)
+    assert plan["rate"] == pytest.approx(5, rel=0.01)
+    assert plan["workload"]["source"].startswith("bursts.csv, its own arrivals")
+    assert "1 of 2001 requests" in done.stderr
+    smooth = tmp_path / "smooth.csv"
+    smooth.write_text("input_tokens,output_tokens\n" + "".join(f"{700 + i},80\n" for i in range(10)))
+    poisson = run(
+        "plan", "-f", file, "--nodes", nodes, "--lengths", smooth, "--rate", plan["rate"], "-o", "json"
+    )
+    assert plan["gpus"] > json.loads(poisson.stdout)["gpus"]
+
+
+def test_any_engine_tells_what_the_own_one_costs(tmp_path: Path) -> None:
+    file = manifest(tmp_path / "cr.json", workload={"rate": 5, "lengths": {"preset": "sharegpt"}})
+    nodes = cluster(tmp_path / "c.yaml", dgx(1))
+    plan = json.loads(run("plan", "-f", file, "--nodes", nodes, "--engine", "any", "-o", "json").stdout)
+    said = {r["what"]: r["reason"] for r in plan["rejected"]}
+    assert said["engine torch"] == f"takes 3 GPUs; {plan['setting']['engine']} takes {plan['gpus']}"
+    table = run("plan", "-f", file, "--nodes", nodes, "--engine", "vllm").stdout
+    assert "mixed" in table
+    assert "starts only torch workers" in table.replace("\n", " ")
+
+
 def test_help_crd_and_validate_load_neither_numba_nor_kopf() -> None:
     code = (
         "import sys\nfrom disaggserve.cli.app import app\nfrom disaggserve.api import crd, manifest\ncrd.text()\n"

@@ -5,19 +5,21 @@ With NUMBA_DISABLE_JIT=1 the kernel runs as plain Python, which is how to look i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
 import numba
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disaggserve import simulate
+from disaggserve import catalogue, latency, simulate
 from disaggserve.latency import Provenance, StepTimes
 from disaggserve.simulate import kernel
-from disaggserve.workload import Requests
+from disaggserve.workload import Requests, Workload, preset
 from tests.oracle import Oracle
 
 
@@ -122,3 +124,35 @@ def test_each_phase_alone_is_the_oracles(pool: simulate.Pool, requests: Requests
         simulate.run_prefill(pool, requests), simulate.Deployment((pool,), (), 0, 1.0), requests, moves=False
     )
     same(simulate.run_decode(pool, requests), simulate.Deployment((), (pool,), 0, 1.0), requests, moves=False)
+
+
+MODEL, GPU = catalogue.model("facebook/opt-13b"), catalogue.gpu("NVIDIA-A100-SXM4-80GB")
+
+
+def real(count: int, pp: int = 1, **how: Any) -> simulate.Pool:
+    """OPT-13B on A100s, with a fifth of its memory: contexts outgrow it."""
+    blocks = catalogue.kv_blocks(MODEL, GPU, 1, pp) // 5
+    return simulate.Pool(count, latency.step_times(MODEL, GPU, 1, pp), blocks, **how)
+
+
+CHUNKED: dict[str, Any] = {"policy": "chunked", "batch_tokens": 256}
+
+
+@pytest.mark.parametrize(
+    "deployment",
+    [
+        {"prefill": (real(2, 2),), "decode": (real(1), real(1, 2)), "overlap": True},
+        {"prefill": (real(2),), "decode": (real(2),), "handoff": "push", "routers": 2, "view_age_s": 0.5},
+        {"prefill": (real(2),), "decode": (real(2),), "transfer": "inline", "swap_bytes_s": 20e9},
+        {"mixed": (real(3),), "sticky": True},
+        {"mixed": (real(2, **CHUNKED), real(1, 2, **CHUNKED)), "first_token_from": "decode"},
+    ],
+)
+def test_real_lengths_and_steps_are_the_oracles(deployment: dict[str, Any]) -> None:
+    apart = simulate.Deployment((), (), MODEL.kv_bytes_per_token(), 5e9)
+    drawn = Workload(8.0, 2.0, preset("sharegpt")).requests(50.0, seed=3)
+    requests = dataclasses.replace(drawn, cached=np.array(drawn.input // 4, dtype=np.int32))
+    one = dataclasses.replace(apart, **deployment)
+    outcome = simulate.run(one, requests)
+    same(outcome, one, requests)
+    assert outcome.events < 40 * len(requests)  # it jumps: the oracle takes one for each step

@@ -18,6 +18,7 @@ SHAPES = [
     ("decode", 1, 1),
     ("decode", 2, 2),
     ("decode", 1, 4),
+    ("mixed", 2, 1),
 ]
 
 

@@ -114,3 +114,44 @@ def test_another_process_makes_the_same_plan() -> None:
     }
     assert len(printed) == 1
     assert plan.draft(spec(10), FACTS).plan.digest in printed.pop()
+
+
+def test_the_digest_tells_what_was_asked_apart() -> None:
+    """Another profile, objective or order of arrivals is another question, even where the answer is the same."""
+    drawn = workload.Workload(5.0, 1.0, workload.preset("sharegpt")).requests(300, 0)
+    later = replace(drawn, arrival_ns=drawn.arrival_ns + 1000 * (drawn.arrival_ns > 10**11))
+    asked = [
+        (None, plan.Options()),
+        (None, plan.Options(profile=latency.Profile.load(FITS))),
+        (None, plan.Options(objective="goodput")),
+        (workload.from_trace(drawn, "a trace"), plan.Options()),
+        (workload.from_trace(later, "a trace"), plan.Options()),
+    ]
+    digests = {plan.draft(spec(5), FACTS, traffic, options=options).plan.digest for traffic, options in asked}
+    assert len(digests) == len(asked)
+
+
+def test_the_dtype_of_the_spec_stands_over_the_checkpoints() -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "max_position_embeddings": 4096,
+        "vocab_size": 32000,
+        "torch_dtype": "float32",
+    }
+    model = {"id": "acme/llama-7b", "config": json.dumps(config)}
+    whole, half = (spec(2, model={**model, **dtype}) for dtype in ({}, {"dtype": "bfloat16"}))
+    assert plan.model(whole).weight_bytes(1, 1) == 2 * plan.model(half).weight_bytes(1, 1)
+    made = plan.draft(half, FACTS).plan
+    assert made.setting is not None
+    assert plan.replay(made)[0].kv_bytes_per_token == plan.model(half).kv_bytes_per_token()
+
+
+def test_another_protocol_is_another_pairing_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = plan.pairing_key(spec())
+    monkeypatch.setattr("disaggserve.protocol.VERSION", 1_000)
+    assert plan.pairing_key(spec()) != before

@@ -72,6 +72,7 @@ def _node(schema: dict[str, Any], defs: dict[str, Any], at: str) -> dict[str, An
                 out[key] = value
             case "items":
                 out["items"] = _node(value, defs, f"{at}[]")
+                out["items"].pop("description", None)  # the list's own says it
             case _:
                 raise CannotExpress(f"{at}: {key}")
     kind = out.get("type")

@@ -10,7 +10,7 @@ from pathlib import Path
 from disaggserve import engines, latency, plan, workload
 from disaggserve.api.errors import InvalidInput
 from disaggserve.api.spec import Spec
-from disaggserve.cli import report, show
+from disaggserve.cli import show
 from disaggserve.cli.files import objects, one
 from disaggserve.cluster import searching
 from disaggserve.workload import Workload
@@ -58,6 +58,8 @@ def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path |
     else:
         show.dump(draft.plan.model_dump(mode="json", exclude_none=True), output)
     if page is not None:
+        from disaggserve.cli import report  # takes a while to load, and few ask for it
+
         traffic_planned = replace(expected or plan.expected(spec), rate=draft.plan.rate)
         report.write(page, report.Asked(spec, facts, traffic_planned, options), draft)
 

@@ -152,7 +152,7 @@ class Goodputs:
         """The same in seconds by row of the lengths."""
         times, lengths = self.pool(shape).times, self.problem.workload.lengths
         if role == "prefill":
-            prompt = lengths.input.astype(np.float64)
+            prompt = _computed(self.problem.workload)
             alone_ns = _stage_ns(times, prompt) + times.prefill_quad_ns * prompt**2
             return alone_ns * (1e-9 * times.pp)
         # Context + 1 grows by one a step: the mean over output − 1 steps.
@@ -219,6 +219,15 @@ def _prefill_per_s(pool: Pool, workload: Workload) -> float:
     return 1.0 / float(np.mean([pool.times.prefill_stage_s([n]) for n in lengths.tolist()]))
 
 
+def _computed(workload: Workload) -> npt.NDArray[np.float64]:
+    """Prompt tokens by row of the lengths, those aside that a prefix cache holds."""
+    prompt = workload.lengths.input.astype(np.float64)
+    trace = workload.trace
+    if trace is None or trace.cached is None or len(trace) != len(prompt):
+        return prompt
+    return np.maximum(prompt - trace.cached, 1.0)
+
+
 def _stage_ns(times: StepTimes, tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """A prefill stage by tokens of the batch, attention's square aside."""
     knots, ns = times.prefill_knots_tokens, times.prefill_knots_ns
@@ -230,7 +239,7 @@ def _stage_ns(times: StepTimes, tokens: npt.NDArray[np.float64]) -> npt.NDArray[
 
 def _prefill_fluid(pool: Pool, workload: Workload) -> float:
     """Prompts per second of one instance that is never idle, each batched at the best batch's time per token."""
-    times, lengths = pool.times, workload.lengths.input.astype(np.float64)
+    times, lengths = pool.times, _computed(workload)
     totals = np.linspace(1, max(pool.batch_tokens, 2), 64)
     a_token = float(np.min(_stage_ns(times, totals) / totals))
     batched = np.minimum(lengths * a_token, _stage_ns(times, lengths))

@@ -403,7 +403,9 @@ class Joint:
             if reason := engines.refuse_mixed(problem.engine, len(one.parts)):
                 words = f"{reason}; it would take {_gpus(cost.gpus)}"
                 self.rejected.insert(0, Rejected(str(one), words))
-                return None
+                if not problem.engine.colocates:
+                    return None
+                continue
             prediction = self._predict(plan, problem.workload.rate)
             if prediction.attainment >= target:
                 return self._placement(plan, prediction, [])

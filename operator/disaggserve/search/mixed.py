@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from disaggserve.catalogue import GPU, Link
 from disaggserve.engines import Role
@@ -18,8 +18,8 @@ from disaggserve.search.packing import Group
 from disaggserve.search.problem import Problem, Shape
 from disaggserve.simulate import Deployment
 
-CHUNKS = (None, 512, 1024, 2048)  # tokens of a step; None: whole prompts, before any decode step
-PAIRS = ((2048, 256), (1024, 256))  # of mixed pools
+# Chunks: tokens of a step; None: whole prompts, before any decode step. Colocated, then mixed pools.
+KINDS: tuple[tuple[int | None, ...], ...] = ((None,), (512,), (1024,), (2048,), (2048, 256), (1024, 256))
 HOPE = 0.04  # see joint.HOPE
 
 
@@ -84,15 +84,20 @@ def fewest(
         count = most // shape.gpus
         if count < max(1, least):
             continue
-        for mixed in _kinds(goodputs.gpu, shape, count):
-            share = kept(mixed)
-            found.append((mixed, share))
-            while share >= target - HOPE and mixed.count > least:
-                fewer = _fewer(mixed)
-                if fewer is None:
-                    break
-                mixed, share = fewer, kept(fewer)
-                found.append((mixed, share))
+        for chunks in KINDS:
+            low, high = max(least, len(chunks)) - 1, count
+            if low >= high:
+                continue
+            best = _of(goodputs.gpu, shape, high, chunks)
+            found.append((best, kept(best)))
+            while found[-1][1] >= target - HOPE and high - low > 1:
+                middle = _of(goodputs.gpu, shape, (low + high) // 2, chunks)
+                share = kept(middle)
+                if share >= target - HOPE:
+                    high = middle.count
+                    found.append((middle, share))
+                else:
+                    low = middle.count
     hopeful = [f for f in found if f[1] >= target - HOPE / 4]
     if hopeful:
         return sorted(hopeful, key=lambda f: (f[0].gpus, -f[1], f[0].shape))
@@ -108,19 +113,7 @@ def _least(goodputs: Goodputs, shape: Shape, rate: float) -> int:
 _PHASES: tuple[Role, ...] = ("prefill", "decode")
 
 
-def _kinds(gpu: GPU, shape: Shape, count: int) -> Iterator[Mixed]:
-    for chunk in CHUNKS:
-        yield Mixed(gpu, shape, ((count, chunk),))
-    if count > 1:
-        half = count // 2
-        for large, small in PAIRS:
-            yield Mixed(gpu, shape, ((count - half, large), (half, small)))
-
-
-def _fewer(mixed: Mixed) -> Mixed | None:
-    """One instance less, of the chunk that has more."""
-    if mixed.count <= len(mixed.parts):
-        return None
-    most = max(range(len(mixed.parts)), key=lambda k: mixed.parts[k][0])
-    parts = tuple((n - (k == most), chunk) for k, (n, chunk) in enumerate(mixed.parts))
-    return dataclasses.replace(mixed, parts=parts)
+def _of(gpu: GPU, shape: Shape, count: int, chunks: tuple[int | None, ...]) -> Mixed:
+    """So many instances, half of them with each chunk; one more with the first where they are odd."""
+    shares = [count // len(chunks) + (k < count % len(chunks)) for k in range(len(chunks))]
+    return Mixed(gpu, shape, tuple(zip(shares, chunks, strict=True)))
