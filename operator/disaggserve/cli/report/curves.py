@@ -18,7 +18,7 @@ import numpy.typing as npt
 from disaggserve import plan as planning
 from disaggserve import search, simulate
 from disaggserve.api.errors import Infeasible
-from disaggserve.api.plan import Plan, RolePlan
+from disaggserve.api.plan import Plan, RoleName, RolePlan
 from disaggserve.api.spec import Spec
 from disaggserve.latency import Profile, Provenance
 from disaggserve.search.predicting import FRESH_SEEDS
@@ -28,10 +28,15 @@ from disaggserve.workload import Requests, Workload
 Tell = Callable[[str, int, int], None]  # what is being done, how many of it are done, of how many
 Algorithm = Literal["Joint", "DistServe", "HighAffinity", "LowAffinity"]
 
-MOST_CURVES = 4
-_GROUP = re.compile(r"(prefill|decode) (\d{1,3})×tp(\d{1,2})(?:pp(\d{1,2}))?")
+MOST_CURVES = 5
+_SHAPE = r"(\d{1,3})×tp(\d{1,2})(?:pp(\d{1,2}))?"
+_ALTERNATIVE = re.compile(
+    rf"prefill {_SHAPE}, decode {_SHAPE}|colocated {_SHAPE}, (?:chunks of (\d{{1,5}})|whole prompts)"
+)
+ROLES: tuple[RoleName, ...] = ("prefill", "decode", "mixed")
 SCALES = (0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5, 1.75, 2.0)  # of both limits of the promise
-GROWTH = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # of the planned rate
+GROWTH = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)  # of the planned rate
+BASELINE_GROWTH = (0.5, 1.0, 2.0, 5.0)  # the same for the paper's algorithms, whose searches cost more
 STEPS_PER_OCTAVE = 8  # rates simulated for a curve: 9 % apart
 LOWEST_STEP, HIGHEST_STEP = -32, 40  # 1/16 to 32 times the planned rate
 SEEDS = FRESH_SEEDS[:5]
@@ -172,7 +177,7 @@ def collect(asked: Asked, draft: planning.Draft, tell: Tell) -> Report:
     tell("where the time goes", 0, 1)
     chosen = candidates[0].deployment
     breakdown = _breakdown(chosen, replace(workload, rate=workload.rate / candidates[0].copies))
-    pools = chosen.prefill + chosen.decode
+    pools = chosen.prefill + chosen.mixed + chosen.decode
     return Report(
         promise=promise,
         curves=tuple(curves),
@@ -191,7 +196,7 @@ def _candidates(asked: Asked, chosen: Plan, tell: Tell) -> list[Candidate]:
     """The chosen plan, the search's own runners-up, then what other algorithms would have chosen; each shape once."""
     profile = asked.options.profile
     found = [_candidate(chosen, "chosen", "", profile)]
-    plans = [("runner-up", plan, why) for plan, why in _runners_up(chosen)]
+    plans = [(name, plan, why) for name, plan, why in _runners_up(chosen)]
     others = [a for a in ALGORITHMS if a != chosen.algorithm]
     for n, algorithm in enumerate(others):
         tell("other algorithms", n, len(others))
@@ -206,19 +211,30 @@ def _candidates(asked: Asked, chosen: Plan, tell: Tell) -> list[Candidate]:
     return found
 
 
-def _runners_up(chosen: Plan) -> Iterator[tuple[Plan, str]]:
-    """Those rejected that are named as a whole plan's words are, `prefill 2×tp1, decode 1×tp2pp2`, and why they lost."""
+def _runners_up(chosen: Plan) -> Iterator[tuple[str, Plan, str]]:
+    """The first rejected of each kind (apart, colocated) that is named as a whole plan is, and why it lost."""
+    seen = set()
     for rejected in chosen.rejected:
-        parts = [_GROUP.fullmatch(part) for part in rejected.what.split(", ")]
+        found = _ALTERNATIVE.fullmatch(rejected.what)
+        if found is None:
+            continue
+        shapes = [found.group(i, i + 1, i + 2) for i in (1, 4, 7)]
         roles = tuple(
-            RolePlan(role=m[1], count=int(m[2]), tp=int(m[3]), pp=int(m[4] or 1))  # type: ignore[arg-type]
-            for m in parts
-            if m is not None
+            RolePlan(
+                role=role,
+                count=int(n),
+                tp=int(tp),
+                pp=int(pp or 1),
+                chunk=int(found[10]) if found[10] else None,
+            )
+            for role, (n, tp, pp) in zip(ROLES, shapes, strict=True)
+            if n
         )
-        if len(roles) == len(parts) and {r.role for r in roles} == {r.role for r in chosen.roles}:
-            gpus = sum(r.gpus for r in roles)
-            update = {"roles": roles, "gpus": gpus, "paired": False}
-            yield chosen.model_copy(update=update), rejected.reason
+        name = "colocated" if roles[0].role == "mixed" else "runner-up"
+        if name not in seen:
+            seen.add(name)
+            update = {"roles": roles, "gpus": sum(r.gpus for r in roles), "paired": False}
+            yield name, chosen.model_copy(update=update), rejected.reason
 
 
 def _lost(other: Plan, chosen: Plan, asked: str) -> str:
@@ -242,7 +258,12 @@ def _share(deployment: Deployment, copies: int) -> Deployment:
     def part(pools: tuple[Pool, ...]) -> tuple[Pool, ...]:
         return tuple(replace(p, count=p.count // copies) for p in pools)
 
-    return replace(deployment, prefill=part(deployment.prefill), decode=part(deployment.decode))
+    return replace(
+        deployment,
+        prefill=part(deployment.prefill),
+        decode=part(deployment.decode),
+        mixed=part(deployment.mixed),
+    )
 
 
 def _shape(plan: Plan) -> str:
@@ -346,12 +367,15 @@ def _around(values: npt.NDArray[np.float64], percentile: float) -> npt.NDArray[n
 
 
 def _growth(asked: Asked, tell: Tell) -> tuple[tuple[str, tuple[Step, ...]], ...]:
-    algorithms = dict.fromkeys((asked.spec.planner.algorithm, "DistServe"))
+    asked_for = asked.spec.planner.algorithm
+    factors = {"DistServe": BASELINE_GROWTH, asked_for: GROWTH}
+    total, done = sum(map(len, factors.values())), 0
     found = []
-    for k, algorithm in enumerate(algorithms):
+    for algorithm in dict.fromkeys((asked_for, "DistServe")):
         steps = []
-        for n, factor in enumerate(GROWTH):
-            tell("GPUs by rate", k * len(GROWTH) + n, len(algorithms) * len(GROWTH))
+        for factor in factors[algorithm]:
+            tell("GPUs by rate", done, total)
+            done += 1
             rate = asked.workload.rate * factor
             try:
                 plan = asked.plan(rate=rate, algorithm=algorithm)

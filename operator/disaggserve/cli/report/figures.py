@@ -34,7 +34,7 @@ _VARIABLES = {
 }
 INK, SOFT, LINE, CARD, *SERIES, BAD = _VARIABLES
 _DASHES = ("-", (0, (6, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))
-_WIDE, _HALF = (7.4, 3.9), (5.0, 3.7)  # inches; a half stands beside another
+_HALF = (5.0, 3.7)  # inches; it stands beside another
 _MARKERS = ("o", "s", "^", "D", "v")
 _STYLE = {
     "svg.fonttype": "none",
@@ -101,7 +101,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
 def attainment(report: Report, predicted: tuple[float, float, float, float], label: str) -> str:
     """Attainment by rate of every candidate; `predicted` is the plan's own figure: rate, attainment, low, high."""
     with _drawing("attainment"):
-        figure = Figure(figsize=_WIDE, layout="constrained")
+        figure = Figure(figsize=(7.4, 3.4 + 0.2 * len(report.curves)), layout="constrained")
         axes = figure.subplots()
         chosen = report.curves[0]
         for n, curve in reversed(list(enumerate(report.curves))):
@@ -133,7 +133,7 @@ def attainment(report: Report, predicted: tuple[float, float, float, float], lab
         )  # fmt: skip
         axes.axvline(rate, color=SOFT, linewidth=1)
         axes.annotate(
-            f"planned\n{rate:g} req/s", (rate, 0), xycoords=("data", "axes fraction"), xytext=(-5, 6),
+            f"planned\n{rate:.3g} req/s", (rate, 0), xycoords=("data", "axes fraction"), xytext=(-5, 6),
             textcoords="offset points", ha="right", color=SOFT,
         )  # fmt: skip
         axes.errorbar(
@@ -180,7 +180,10 @@ def _stack(axes: Any, rows: list[Breakdown], table: list[Parts[float]], unit: fl
                   label=PARTS[k], height=0.6, edgecolor=CARD, linewidth=0.8)  # fmt: skip
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for k, end in enumerate(left):
-        axes.annotate(_ms(end / unit), (end, k), xytext=(4, 0), textcoords="offset points", va="center")
+        axes.annotate(
+            _ms(end / unit), (end, k), xytext=(4, 0), textcoords="offset points", va="center",
+            bbox={"facecolor": CARD, "edgecolor": "none", "pad": 1}, zorder=5,
+        )  # fmt: skip
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.2)
 
@@ -233,7 +236,7 @@ def promises(report: Report, label: str) -> str:
         again = [a for a in report.again if a.gpus is not None]
         axes.plot(
             [a.scale for a in again], [a.goodput_per_gpu for a in again], linestyle="none", marker="*",
-            markersize=10, color=SERIES[4], markeredgecolor=CARD, label="planned anew for that promise",
+            markersize=10, color=INK, markeredgecolor=CARD, label="planned anew for that promise",
         )  # fmt: skip
         axes.set_xscale("log", base=2)
         ticks = [s for s in SCALES if s in (0.5, 0.75, 1.0, 1.5, 2.0)]

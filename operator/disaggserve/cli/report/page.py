@@ -37,7 +37,7 @@ def render(spec: Spec, draft: Draft, inventory: Inventory, report: Report) -> st
     p = draft.plan
     template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=f"Plan for {escape(spec.model.id)} at {p.rate:g} req/s",
+        title=f"Plan for {escape(spec.model.id)} at {p.rate:.4g} req/s",
         lead=_lead(spec, p),
         badges=_badges(p, draft.refusal),
         cards=_cards(spec, p),
@@ -59,7 +59,7 @@ def _lead(spec: Spec, p: Plan) -> str:
     ttft, tpot = duration(seconds(spec.slo.ttft)), duration(seconds(spec.slo.tpot))
     roles = " and ".join(f"{r.count} {r.role} instance{'s' * (r.count > 1)} of {_shape(r)}" for r in p.roles)
     return (
-        f"{p.gpus} GPUs serve {p.rate:g} requests per second so that {spec.slo.attainment:.0%} of them get their first "
+        f"{p.gpus} GPUs serve {p.rate:.4g} requests per second so that {spec.slo.attainment:.0%} of them get their first "
         f"token within {ttft} and each further one within {tpot}: {roles}."
     )
 
@@ -67,7 +67,8 @@ def _lead(spec: Spec, p: Plan) -> str:
 def _shape(r: RolePlan) -> str:
     gpus = r.tp * r.pp
     split = f"tp {r.tp}" + (f", pp {r.pp}" if r.pp > 1 else "")
-    return f"{gpus} GPU{'s' * (gpus > 1)} each ({split})"
+    chunk = f", prompts in chunks of {r.chunk} tokens" if r.chunk else ""
+    return f"{gpus} GPU{'s' * (gpus > 1)} each ({split}{chunk})"
 
 
 def _badges(p: Plan, refusal: str | None) -> str:
@@ -130,7 +131,7 @@ def _facts(spec: Spec, p: Plan) -> str:
         ),
         (
             "Traffic",
-            f"{w.rate:g} req/s; mean {w.input_mean:g} tokens in, {w.output_mean:g} out; gaps with a coefficient of "
+            f"{w.rate:.4g} req/s; mean {w.input_mean:g} tokens in, {w.output_mean:g} out; gaps with a coefficient of "
             f"variation of {w.cv:g}{' (Poisson)' if w.cv == 1 else ''}; from {w.source}",
         ),
         ("Algorithm", f"{p.algorithm}; {p.affinity.lower()} affinity, because {p.affinity_reason}"),
@@ -163,7 +164,7 @@ def _facts(spec: Spec, p: Plan) -> str:
             ("Cost", f"{p.cost:,.2f} per hour for {p.gpus} GPUs, in the currency of hardware.prices")
         )
     found.append(("Step times", p.latency_source))
-    if p.search:
+    if p.search and p.search.simulations:
         found.append(("Search", f"{p.search.simulations:,} simulations"))
     return "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in found)
 
@@ -241,7 +242,7 @@ def _figures(p: Plan, report: Report, limit: int) -> str:
         "breakdown",
         "Where the time goes",
         figures.breakdown(report, "Latency breakdown of median and slow requests at the planned rate"),
-        f"Mean parts of the requests around each percentile at {p.rate:g} req/s, by time to first token (left) and by the "
+        f"Mean parts of the requests around each percentile at {p.rate:.4g} req/s, by time to first token (left) and by the "
         f"whole request (right). {PARTS_MEANING[report.first_token_from]} Predicted.",
         _table(
             ("requests", *(f"{name}, ms" for name in figures.PARTS)),
@@ -273,7 +274,7 @@ def _figures(p: Plan, report: Report, limit: int) -> str:
         "Goodput against the promise",
         figures.promises(report, "Goodput per GPU against the scale of the promise, with the Pareto front"),
         "Both limits scaled together: what each plan yields per GPU under a tighter (left) or looser (right) promise, and what "
-        f"a plan made anew for that promise at {p.rate:g} req/s yields. The shaded front is the best of all at each promise. "
+        f"a plan made anew for that promise at {p.rate:.4g} req/s yields. The shaded front is the best of all at each promise. "
         "Predicted.",
         _table(
             (
@@ -329,7 +330,7 @@ def _rejected(p: Plan, report: Report) -> str:
     rows += [
         (f"{c.candidate.name}: {c.candidate.words}", c.candidate.why)
         for c in report.curves[1:]
-        if c.candidate.words not in [r.what for r in p.rejected]
+        if c.candidate.why not in [r.reason for r in p.rejected]
     ]
     return (
         _table(("alternative", "why it is not the plan"), rows, ())
