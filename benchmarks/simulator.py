@@ -60,7 +60,7 @@ def main() -> None:
     few, many, most = requests(1_000, 8.0), requests(10_000, 8.0), requests(1_000_000, 8.0)
     kernel = seconds(lambda: simulate.run(plan, few), 20)
     plain = seconds(lambda: oracle.Oracle(plan, few).run(), 1)
-    ten, million = seconds(lambda: simulate.run(plan, many), 30), seconds(lambda: simulate.run(plan, most), 1)
+    ten, million = seconds(lambda: simulate.run(plan, many), 30), seconds(lambda: simulate.run(plan, most), 3)
     events = simulate.run(plan, many).events
     print(
         f"1,000 requests on 4P+4D: oracle / kernel = {plain / kernel:.0f} "

@@ -219,6 +219,20 @@ def test_too_few_gpus_names_how_many_would_do_and_what_rate_these_do() -> None:
     assert "takes at least 2 GPUs" in str(infeasible(problem(5, where=nodes(1, free=1))))
 
 
+def test_limits_that_different_requests_miss_are_no_plan_and_say_so() -> None:
+    # A tenth of the prompts is long; another tenth of the answers has two tokens, whose TPOT holds the whole transfer.
+    lengths = table(*[(600, 100)] * 8, (2000, 100), (600, 2))
+    p = problem(1, simulate.Promise(0.06, 0.02, 0.85), lengths=lengths)
+    e = infeasible(p)
+    assert e.limit in ("TTFT", "TPOT")
+    said = re.search(
+        r"both for 80% of the requests; .* a (TTFT|TPOT) of about (\d+) ms could be kept", str(e)
+    )
+    assert said is not None, str(e)
+    limits = {"TTFT": 0.06, "TPOT": 0.02} | {said[1]: int(said[2]) / 1e3}
+    search.place(dataclasses.replace(p, promise=simulate.Promise(limits["TTFT"], limits["TPOT"], 0.85)))
+
+
 # --------------------------------------------------------------------------------------------------------- fabric
 
 
@@ -287,3 +301,14 @@ def test_more_gpus_or_a_looser_promise_never_serve_less() -> None:
     assert per_gpu[2] >= noise * per_gpu[1]
     loose = most(5, simulate.Promise(0.4, 0.15, 0.9))
     assert loose.goodput / loose.gpus >= noise * per_gpu[1]
+
+
+def test_an_engine_that_colocates_serves_as_much_or_more() -> None:
+    def most(engine: engines.Engine) -> Placement:
+        asked = problem(1, max_gpus=4, objective="goodput")
+        return search.place(dataclasses.replace(asked, engine=engine))
+
+    apart, whole = most(engines.TORCH), most(engines.VLLM)
+    assert {g.role for g in whole.groups} == {"mixed"}
+    assert whole.goodput / whole.gpus > apart.goodput / apart.gpus
+    assert whole.prediction.attainment >= 0.9

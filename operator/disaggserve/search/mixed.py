@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from disaggserve import simulate
 from disaggserve.catalogue import GPU, Link
 from disaggserve.engines import Role
 from disaggserve.search import predicting
@@ -104,10 +105,38 @@ def fewest(
     return sorted(found, key=lambda f: (-f[1], f[0].gpus, f[0].shape))[:1]
 
 
+def fastest(
+    problem: Problem, goodputs: Goodputs, shapes: Sequence[Shape], most: int, link: Link
+) -> list[tuple[Mixed, float]]:
+    """Colocated instances on as many of `most` GPUs as they fill, with their goodput (req/s) on a few requests, the
+    highest first."""
+    target = problem.promise.attainment
+    found: list[tuple[Mixed, float]] = []
+    for shape in shapes:
+        count = most // shape.gpus
+        for chunks in KINDS if count else ():
+            if len(chunks) > 1:
+                continue
+            mixed = _of(goodputs.gpu, shape, count, chunks)
+            plan = deployment(problem, mixed, link)
+            goodput = simulate.goodput(
+                lambda rate: goodputs.kept(plan, rate, predicting.SEARCH_SEEDS[:1], SCREEN).both,  # noqa: B023
+                target,
+                start=0.7 * count / _each_s(goodputs, shape),
+                resolution=0.05,
+            )
+            found.append((mixed, goodput))
+    return sorted(found, key=lambda f: (-f[1], f[0].gpus, f[0].shape))
+
+
+def _each_s(goodputs: Goodputs, shape: Shape) -> float:
+    """Seconds of an instance that a request takes at least, both phases together."""
+    return sum(1 / goodputs.fluid(role, shape) for role in _PHASES)
+
+
 def _least(goodputs: Goodputs, shape: Shape, rate: float) -> int:
-    """Instances by fluid capacity: each request takes both phases' time. Larger steps than L_m are a little cheaper."""
-    each_s = sum(1 / goodputs.fluid(role, shape) for role in _PHASES)
-    return max(1, math.ceil(0.9 * rate * each_s))
+    """Instances by fluid capacity. Larger steps than L_m are a little cheaper."""
+    return max(1, math.ceil(0.9 * rate * _each_s(goodputs, shape)))
 
 
 _PHASES: tuple[Role, ...] = ("prefill", "decode")

@@ -35,6 +35,7 @@ from disaggserve.simulate.structures import (
     push,
     remove,
     schedule,
+    spliced,
 )
 
 TICKS = 1024  # per nanosecond
@@ -81,12 +82,12 @@ Table = npt.NDArray[np.int64]
 
 class World(NamedTuple):
     """The state of requests and instances, and the rules of the deployment. int64 tables; always of the same
-    types: every new combination would be compiled anew."""
+    types: every new combination would be compiled anew. Beside it stand `heaps` [lanes, …]: what is in each lane's
+    batch, by the step after which it ends. (Every call hands all of it over, so what few need is not in it.)"""
 
     reqs: Any  # [n, REQUEST_COLUMNS]
     insts: Any  # [instances, INSTANCE_COLUMNS]
     lanes: Any  # [lanes, LANE_COLUMNS]
-    heaps: Any  # [lanes, …] what is in the batch, by the step after which it ends
     tree: Any
     when: Any  # by source
     ticks_per_token: float  # of a transfer
@@ -154,7 +155,7 @@ def _prefill_ns(c: Costs, table: int, total: int) -> float:
     return ns
 
 
-@compiled
+@inlined
 def _prefill_ticks(c: Costs, table: int, total: int, squares: int) -> Any:
     return max(1, int(np.rint((_prefill_ns(c, table, total) + c.quad[table] * squares) * 1024.0)))
 
@@ -273,7 +274,7 @@ def _join(w: World, r: int, i: int, t: int, seen: int) -> None:
 # --------------------------------------------------------------------------------------------- between instances
 
 
-@compiled
+@inlined
 def _queue_prompt(w: World, r: int, t: int, seen: int) -> None:
     p = w.reqs[r, PREFILLER]
     first = w.insts[p, I_QHEAD] < 0
@@ -282,7 +283,7 @@ def _queue_prompt(w: World, r: int, t: int, seen: int) -> None:
         _wake(w, p, t, seen)
 
 
-@compiled
+@inlined
 def _transfer(w: World, r: int, i: int, t: int) -> None:
     """Move a request's KV to instance i, whose link takes one at a time."""
     begin = min(t, w.reqs[r, READY])
@@ -358,7 +359,7 @@ def _measure(w: World, loads: Any, t: int, seen: int) -> None:
         loads[j] = tokens
 
 
-@compiled
+@inlined
 def _decode_instance(w: World, n: Routing, r: int, t: int, seen: int) -> Any:
     """The instance that is to decode a request: the one with the fewest KV tokens, as its router sees them."""
     loads, views = n.loads, n.views
@@ -376,7 +377,7 @@ def _decode_instance(w: World, n: Routing, r: int, t: int, seen: int) -> Any:
     return first + j
 
 
-@compiled
+@spliced
 def _prefill_instance(n: Routing, r: int, tokens: int) -> Any:
     """The instance that is to prefill a request: the one with the shortest queue, as its router sees it."""
     queued, sight, views = n.queued, n.sight, n.views
@@ -406,7 +407,7 @@ def _look(w: World, n: Routing, t: int, seen: int) -> None:
             views[router, x] = 0
 
 
-@compiled
+@inlined
 def _wait_for_decode(w: World, r: int, d: int, t: int, seen: int) -> None:
     """Request r is assigned to instance d for decode, and waits there for blocks."""
     first = w.insts[d, I_WHEAD] < 0
@@ -418,7 +419,7 @@ def _wait_for_decode(w: World, r: int, d: int, t: int, seen: int) -> None:
             _admit(w, d, t, seen)
 
 
-@compiled
+@spliced
 def _prefilled(w: World, n: Routing, r: int, i: int, ready: int, t: int, seen: int) -> bool:
     """The last of a prompt is computed. Whether that freed blocks of instance i."""
     reqs, insts = w.reqs, w.insts
@@ -459,8 +460,8 @@ def _prefilled(w: World, n: Routing, r: int, i: int, ready: int, t: int, seen: i
 # ------------------------------------------------------------------------------------------------ one lane's step
 
 
-@inlined
-def _end(w: World, n: Routing, k: int, i: int, t: int, seen: int) -> None:
+@spliced
+def _end(w: World, heaps: Any, n: Routing, k: int, i: int, t: int, seen: int) -> None:
     """A lane's plan has run to its end: requests end, prompts are done, what was pulled is there."""
     reqs, lanes, insts = w.reqs, w.lanes, w.insts
     now = lanes[k, L_N] + lanes[k, L_K]
@@ -468,9 +469,9 @@ def _end(w: World, n: Routing, k: int, i: int, t: int, seen: int) -> None:
     lanes[k, L_C] += lanes[k, L_B] * lanes[k, L_K]
     lanes[k, L_K] = 0
     freed = False
-    while lanes[k, L_B] > 0 and w.heaps[k, 0] >> _ID_BITS <= now:
-        r = w.heaps[k, 0] & _ID_MASK
-        remove(w.heaps, k, lanes[k, L_B], 0)
+    while lanes[k, L_B] > 0 and heaps[k, 0] >> _ID_BITS <= now:
+        r = heaps[k, 0] & _ID_MASK
+        remove(heaps, k, lanes[k, L_B], 0)
         if reqs[r, NXT] >= 0:
             reqs[reqs[r, NXT], PRV] = reqs[r, PRV]
         else:
@@ -516,8 +517,8 @@ def _pulls(w: World, i: int) -> bool:
     )
 
 
-@compiled
-def _enter(w: World, r: int, k: int, t: int) -> int:
+@inlined
+def _enter(w: World, heaps: Any, r: int, k: int, t: int) -> int:
     """Request r enters the lane's batch; returns the ticks of a stage that it owes."""
     reqs, lanes = w.reqs, w.lanes
     now = lanes[k, L_N]
@@ -530,7 +531,7 @@ def _enter(w: World, r: int, k: int, t: int) -> int:
     lanes[k, L_PHASE + ((tokens - now) & 15)] += 1
     if tokens & 15 == 1:
         lanes[k, L_FRESH] += 1
-    push(w.heaps, k, lanes[k, L_B], ((now + reqs[r, STEPS] - reqs[r, DONE]) << _ID_BITS) | r)
+    push(heaps, k, lanes[k, L_B], ((now + reqs[r, STEPS] - reqs[r, DONE]) << _ID_BITS) | r)
     lanes[k, L_B] += 1
     reqs[r, PRV] = lanes[k, L_TAIL]
     reqs[r, NXT] = -1
@@ -541,8 +542,8 @@ def _enter(w: World, r: int, k: int, t: int) -> int:
     return owed
 
 
-@compiled
-def _gather(w: World, k: int, i: int, t: int) -> int:
+@inlined
+def _gather(w: World, heaps: Any, k: int, i: int, t: int) -> int:
     """All who are to join the lane do; returns the ticks that they owe. (An engine that pulls in its loop counts
     the blocks of who joins twice, as it waits and as it runs: both must fit.)"""
     reqs, lanes, insts = w.reqs, w.lanes, w.insts
@@ -554,14 +555,14 @@ def _gather(w: World, k: int, i: int, t: int) -> int:
                 break
             insts[i, I_PULLED] -= _blocks(reqs[r, INPUT])
         after = reqs[r, NXT]
-        owed += _enter(w, r, k, t)
+        owed += _enter(w, heaps, r, k, t)
         r = after
     lanes[k, L_JHEAD] = r
     return owed
 
 
-@inlined
-def _grow(w: World, c: Costs, k: int, i: int) -> int:
+@spliced
+def _grow(w: World, heaps: Any, c: Costs, k: int, i: int) -> int:
     """Take the blocks of the batch's next step; where they are not free, preempt the last of the batch, and
     again until they are. Returns the ticks that this adds to the step (or takes away with who owed them)."""
     reqs, lanes, insts = w.reqs, w.lanes, w.insts
@@ -572,9 +573,9 @@ def _grow(w: World, c: Costs, k: int, i: int) -> int:
         r = lanes[k, L_TAIL]
         key = ((reqs[r, JOIN] + reqs[r, STEPS] - reqs[r, DONE]) << _ID_BITS) | r
         at = 0
-        while w.heaps[k, at] != key:
+        while heaps[k, at] != key:
             at += 1
-        remove(w.heaps, k, lanes[k, L_B], at)
+        remove(heaps, k, lanes[k, L_B], at)
         done = reqs[r, DONE] + now - reqs[r, JOIN]
         tokens = reqs[r, INPUT] + done
         lanes[k, L_TAIL] = reqs[r, PRV]
@@ -606,8 +607,8 @@ def _grow(w: World, c: Costs, k: int, i: int) -> int:
     return extra
 
 
-@inlined
-def _return(w: World, k: int, i: int, t: int) -> int:
+@spliced
+def _return(w: World, heaps: Any, k: int, i: int, t: int) -> int:
     """An engine that pulls in its loop: the preempted come back first, then who was pulled joins."""
     reqs, lanes, insts = w.reqs, w.lanes, w.insts
     owed = 0
@@ -619,13 +620,13 @@ def _return(w: World, k: int, i: int, t: int) -> int:
         insts[i, I_SLACK] -= need
         insts[i, I_BHEAD] = reqs[r, NXT]
         lanes[k, L_COUNT] += 1
-        owed += _enter(w, r, k, t)
+        owed += _enter(w, heaps, r, k, t)
     if insts[i, I_BHEAD] < 0 or lanes[k, L_B] == 0:
-        owed += _gather(w, k, i, t)
+        owed += _gather(w, heaps, k, i, t)
     return owed
 
 
-@compiled
+@inlined
 def _take(w: World, k: int, i: int, t: int, budget: int) -> tuple[int, int]:
     """Take prompts, or chunks of them, into the lane's step: tokens, Σ (chunk² + 2·chunk·tokens before it)."""
     reqs, lanes, insts = w.reqs, w.lanes, w.insts
@@ -666,8 +667,8 @@ def _take(w: World, k: int, i: int, t: int, budget: int) -> tuple[int, int]:
     return total, squares
 
 
-@inlined
-def _begin(w: World, c: Costs, k: int, i: int, t: int, seen: int) -> Any:
+@spliced
+def _begin(w: World, heaps: Any, c: Costs, k: int, i: int, t: int, seen: int) -> Any:
     """The lane's next step: who joins, grows, is preempted; prompts; how long it lasts and how often. Returns
     when the lane is to be looked at again."""
     reqs, lanes, insts = w.reqs, w.lanes, w.insts
@@ -688,14 +689,14 @@ def _begin(w: World, c: Costs, k: int, i: int, t: int, seen: int) -> Any:
 
     extra = 0
     if not w.inline:
-        extra += _gather(w, k, i, t)
+        extra += _gather(w, heaps, k, i, t)
     total, squares, size = 0, 0, 0
     if insts[i, I_QHEAD] >= 0 and not insts[i, I_CHUNKED]:
         total, squares = _take(w, k, i, t, insts[i, I_TOKENS])
     if total == 0:
-        extra += _grow(w, c, k, i)
+        extra += _grow(w, heaps, c, k, i)
         if w.inline:
-            extra += _return(w, k, i, t)
+            extra += _return(w, heaps, k, i, t)
         size = lanes[k, L_B]
         if insts[i, I_QHEAD] >= 0 and insts[i, I_CHUNKED]:
             total, squares = _take(w, k, i, t, insts[i, I_TOKENS] - size)
@@ -747,7 +748,7 @@ def _begin(w: World, c: Costs, k: int, i: int, t: int, seen: int) -> Any:
         lanes[k, L_Q] = slope * size
         lanes[k, L_STEPS] = 1
         lanes[k, L_SPAN] = one
-        steps = (w.heaps[k, 0] >> _ID_BITS) - now
+        steps = (heaps[k, 0] >> _ID_BITS) - now
         grown = _growth(lanes, k, steps)
         if grown > insts[i, I_SLACK]:
             steps = min(steps, 1 + ((insts[i, I_SLACK] // size) << 4))
@@ -788,7 +789,7 @@ def lay_out(insts: Table, heap_size: int) -> tuple[Table, ...]:
 
 
 @cached
-def serve(w: World, n: Routing, c: Costs, requests: Any, times: Any) -> int:
+def serve(w: World, heaps: Any, n: Routing, c: Costs, requests: Any, times: Any) -> int:
     """Serve the requests; fills in `times`; returns the number of events.
 
     requests int64 [4, n]: arrival ns, not falling; prompt tokens; decode steps, -1 = fits nowhere; prompt tokens
@@ -841,8 +842,8 @@ def serve(w: World, n: Routing, c: Costs, requests: Any, times: Any) -> int:
             i = lanes[k, L_INSTANCE]
             if lanes[k, L_RUNNING]:
                 lanes[k, L_RUNNING] = 0
-                _end(w, n, k, i, t, seen)
-            schedule(tree, when, source, _begin(w, c, k, i, t, seen))
+                _end(w, heaps, n, k, i, t, seen)
+            schedule(tree, when, source, _begin(w, heaps, c, k, i, t, seen))
         elif source >= _TRANSFERS:
             i = source - _TRANSFERS
             r = insts[i, I_THEAD]

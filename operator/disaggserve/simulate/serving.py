@@ -172,7 +172,6 @@ def _serve(d: Deployment, requests: Requests, *, moves: bool) -> Outcome:
         np.empty((n, kernel.REQUEST_COLUMNS), dtype=np.int64),
         insts,
         lanes,
-        heaps,
         tree,
         when,
         float(d.kv_bytes_per_token / d.link_bytes_s * 1e9 * kernel.TICKS),
@@ -193,7 +192,7 @@ def _serve(d: Deployment, requests: Requests, *, moves: bool) -> Outcome:
         round(d.view_age_s * 1e9 * kernel.TICKS),
     )
     times = np.empty((5, n), dtype=np.int64)
-    events: int = kernel.serve(world, routing, _costs(tuple(p.times for p in pools)), rows, times)
+    events: int = kernel.serve(world, heaps, routing, _costs(tuple(p.times for p in pools)), rows, times)
     start, first, moved, begun, last = times
     return Outcome(start, first, moved, begun, last, events)
 

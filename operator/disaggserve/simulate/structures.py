@@ -25,8 +25,14 @@ _INNER = {"_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def inlined(function: F) -> F:
-    """Compiled into every caller: for what is small or called from one place."""
+    """Compiled by itself, then made part of its callers: for what is small."""
     return cast(F, numba.njit(forceinline=True, **_INNER)(function))
+
+
+def spliced(function: F) -> F:
+    """Made part of its caller before either is compiled: for what is large and called from one place. (Inlined it
+    would be optimised twice, with all that it calls, and take most of the time to compile.)"""
+    return cast(F, numba.njit(inline="always", **_INNER)(function))
 
 
 def compiled(function: F) -> F:
