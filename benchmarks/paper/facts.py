@@ -33,8 +33,8 @@ class Application:
     distserve: float  # goodput per GPU that the paper measured
     vllm: float
     tighter: tuple[str, str] = (
-        "1.8 to 3.2",
-        "1.7 to 1.8",
+        "1.8 to 3.2×",
+        "1.7 to 1.8×",
     )  # promises than vLLM's and MII's, as the paper measured
     over_mii: str = "1.6 to 7.4×"  # its goodput over MII's
     scales: tuple[float, ...] = (1.6, 1.4, 1.2, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of the promise
