@@ -68,7 +68,9 @@ def test_our_engine_is_profiled_fitted_and_predicted(weights: Path, tmp_path: Pa
         assert off <= most[row.phase] + 1e-4, row  # the profile says residuals to four digits
 
 
-def test_a_paced_pair_behind_a_router_shows_its_pace_over_http(weights: Path, tmp_path: Path) -> None:
+def test_a_paced_pair_behind_a_router_shows_its_pace_over_http(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The truth is known here: these workers wait until OPT-13B's time on an A100 has passed."""
     csv, profile = tmp_path / "m.csv", tmp_path / "profile.json"
     pace = json.dumps({"gpu": A100.product, "node": "n", "nvlink": True, "rdma": True, "model": MODEL})
@@ -90,11 +92,17 @@ def test_a_paced_pair_behind_a_router_shows_its_pace_over_http(weights: Path, tm
                 "-o",
                 str(csv),
             ]
-            argv += ["--batches", "1,4", "--prompts", "64,128,256,512", "--contexts", "64,512,4096"]
+            argv += ["--batches", "1,4", "--prompts", "64,128,256,512", "--contexts", "64,512,2040,4096"]
             assert await asyncio.to_thread(main, [*argv, "--repeat", "2"]) == 0
             router.fleet.check_integrity()
 
     asyncio.run(test())
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")] == [
+        "left out: contexts of 4096 tokens: beyond the context of 2048",
+        "left out: decode of one context of 2040 tokens: the stream ended before 16 steps",
+        "left out: decode of 4 contexts of 2040 tokens: "
+        "a stream ended before all 4 had decoded 16 steps together",
+    ]
     rows, _ = fitted(csv, profile)
     truth = latency.step_times(catalogue.model(MODEL), A100, 1, 1)
     assert [(r.batch, r.tokens) for r in rows if r.phase == "prefill"] == [
@@ -108,20 +116,26 @@ def test_a_paced_pair_behind_a_router_shows_its_pace_over_http(weights: Path, tm
         (4, 2),
     ]
     ratios = [row.seconds / predicted(truth, row) for row in rows]
-    # Nothing is faster than its pace; HTTP and a busy machine add to it.
-    assert min(ratios) > 0.97
+    # Nothing is faster than its pace, but for what the clock of a busy client loses; HTTP adds to it.
+    assert min(ratios) > 0.9
     assert sorted(ratios)[len(ratios) // 2] < 1.5
 
 
 @contextmanager
-def answering(body: bytes) -> Iterator[str]:
-    """A server that answers every GET with this."""
+def answering(models: bytes, stream: bytes = b"") -> Iterator[str]:
+    """A server that answers every GET with its models, and every POST with one stream."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(models)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200 if stream else 429)
+            self.end_headers()
+            self.wfile.write(stream or b'{"error": {"message": "too much"}}')
 
         def log_message(self, *_: object) -> None:
             pass
@@ -155,6 +169,13 @@ def test_bad_input_is_one_sentence(weights: Path, tmp_path: Path, capsys: pytest
         assert "it serves other" in refused(capsys, "--url", there)
     with answering(b'{"data": [{"id": "m"}]}') as there:
         assert "give --context-length" in refused(capsys, "--url", there)
+        known = "--url", there, "--context-length", "64"
+        assert "HTTP 429 to a prompt of 8 tokens: too much" in refused(capsys, *known)
+    pairs = b'data: {"choices": [{"text": "a b"}]}\n\n' * 4 + b'data: {"choices": [], "usage": %s}\n\n'
+    with answering(
+        b'{"data": [{"id": "m", "max_model_len": 64}]}', pairs % b'{"completion_tokens": 8}'
+    ) as there:
+        assert "streams 8 tokens in 4 frames" in refused(capsys, "--url", there)
 
 
 def test_wrong_usage_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:

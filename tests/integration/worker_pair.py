@@ -17,7 +17,9 @@ from typing import Any
 import aiohttp
 
 ROOT = Path(__file__).parents[2]
-PREFILL, DECODE = "127.0.21.1", "127.0.21.2"
+# Of this process alone: two checkouts may be tested on one machine at a time, and must not talk to each other's workers.
+_NET = f"127.0.{21 + os.getpid() % 200}"
+PREFILL, DECODE = f"{_NET}.1", f"{_NET}.2"
 PORT, KV_PORT = 8431, 5631
 DEADLINE_S = 60.0
 
