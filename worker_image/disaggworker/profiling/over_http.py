@@ -7,7 +7,8 @@ Decode: the times between tokens of `batch` streams that began together, while a
 second token, so that neither a prefill nor a hand-off is among them. It leaves in the scheduler's and HTTP's share of
 a step. Streams grow while they are watched, and the row says how long they were.
 
-The server must be idle and keep a batch together: one instance, or one of each role behind a router. Prompts are ids from
+The server must be idle and keep a batch together: one instance, or one of each role behind a router. It must send every
+token in a frame of its own, and needs no key. Prompts are ids from
 10 to 255, which every vocabulary has; a model of experts may route them otherwise than text.
 """
 
@@ -71,7 +72,7 @@ class OverHTTP:
         self._runner.close()
 
     def time(self, cell: Cell) -> Timing:
-        """One measurement. Raises `StartError` for a server that does not answer, `LeftOut` for one that ends too soon."""
+        """One measurement. Raises `LeftOut` where the server refuses or ends too soon, `StartError` where it is gone."""
         try:
             if cell.phase == "prefill":
                 return self._runner.run(self._first_token(cell))
@@ -115,12 +116,14 @@ class OverHTTP:
         """One short answer: are its tokens sent one by one?"""
         stream = _Stream()
         try:
-            await self._read(self._body(8, min(8, self.context - 8)), stream, asyncio.Event())
+            await self._read(self._body(8, 8), stream, asyncio.Event())
+        except LeftOut as e:
+            raise StartError(f"--url {self._url}: /completions answers {e}.") from None
         except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as e:
             raise self._lost(e) from None
         if not stream.at_s or len(stream.at_s) < stream.tokens:
             raise StartError(
-                f"{self._url}/completions streams {stream.tokens} tokens in {len(stream.at_s)} frames; times between "
+                f"--url {self._url}: /completions streams {stream.tokens} tokens in {len(stream.at_s)} frames; times between "
                 "tokens can be seen only where every token has its own."
             )
 
@@ -138,15 +141,14 @@ class OverHTTP:
     async def _read(self, body: dict[str, Any], stream: _Stream, came: asyncio.Event) -> None:
         async with self._session.post(f"{self._url}/completions", json=body) as answer:
             if answer.status != 200:
-                raise StartError(
-                    f"{self._url}/completions answers HTTP {answer.status} to a prompt of {len(body['prompt'])} "
-                    f"tokens: {_message(await answer.read())}"
+                raise LeftOut(
+                    f"HTTP {answer.status} to a prompt of {len(body['prompt'])} tokens: {_message(await answer.read())}"
                 )
             async for line in answer.content:
                 if line.startswith(b"data: {"):
                     frame = msgspec.json.decode(line[6:])
                     if "error" in frame:
-                        raise StartError(f"{self._url}/completions breaks a stream off: {_message(line[6:])}")
+                        raise LeftOut(f"a stream broke off: {_message(line[6:])}")
                     if frame.get("usage"):
                         stream.tokens = frame["usage"]["completion_tokens"]
                     if frame.get("choices"):
@@ -179,7 +181,7 @@ class OverHTTP:
                 for task in tasks:
                     if task.done():
                         task.result()
-                if min(len(stream.at_s) for stream in streams) >= 2:
+                if min(len(stream.at_s) for stream in streams) >= STEPS + 2:
                     window = together([stream.at_s for stream in streams], cell.length)
                     if window:
                         return window
