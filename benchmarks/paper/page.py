@@ -114,8 +114,8 @@ def _own(results: Sequence[Result]) -> str:
     )
     chosen = f"""What these figures rest on, beside the fits and the rules of the engine's code: they are *as the paper ran it*, and steady ones are beside them;
 and KV moves at 25 GB/s into **each** GPU of a decode instance. That rate was found by replaying real runs with decode on one GPU; that every GPU has
-it for its own share is how the engine copies KV, but nothing public measures it, and it was settled on after seeing both. With 25 GB/s for the whole
-instance: {links}."""
+it for its own share follows from the engine's code, where every decode worker copies its own, but nothing public measures it, and it was settled on
+after seeing both. With 25 GB/s for the whole instance: {links}."""
     return "\n\n".join([_table(header, rows), "\n".join(said), chosen])
 
 
