@@ -113,13 +113,16 @@ class Goodputs:
             return 0.7 * _prefill_per_s(pool, workload)
         return 0.9 * _decode_per_s(pool, workload, self.problem.promise.tpot_s)
 
-    def joint(self, deployment: Deployment, start: float, good: float = 0.0) -> float:
+    def joint(self, deployment: Deployment, start: float, good: float = 0.0, bad: float = math.inf) -> float:
         """Goodput of a whole deployment, req/s: highest rate at which enough requests keep both limits.
 
-        `good`: a rate below `start` at which it is known to keep them.
+        `good`, `bad`: rates below and above `start` at which it is known to keep them, and not to.
         """
         return self._highest(
-            lambda rate, seed: self._kept(lambda r: simulate.run(deployment, r), rate, seed).both, start, good
+            lambda rate, seed: self._kept(lambda r: simulate.run(deployment, r), rate, seed).both,
+            start,
+            good,
+            bad,
         )
 
     def kept(
@@ -169,7 +172,9 @@ class Goodputs:
     def _limit_s(self, role: Role) -> float:
         return self.problem.promise.ttft_s if role == "prefill" else self.problem.promise.tpot_s
 
-    def _highest(self, kept: Callable[[float, int], float], start: float, good: float = 0.0) -> float:
+    def _highest(
+        self, kept: Callable[[float, int], float], start: float, good: float = 0.0, bad: float = math.inf
+    ) -> float:
         target = self.problem.promise.attainment
 
         def attain(rate: float) -> float:
@@ -182,7 +187,7 @@ class Goodputs:
                     break
             return (total + left) / len(seeds)
 
-        return simulate.goodput(attain, target, start=start, low=good, resolution=RESOLUTION)
+        return simulate.goodput(attain, target, start=start, low=good, high=bad, resolution=RESOLUTION)
 
     def _requests(self, rate: float, enough: int, seed: int) -> Requests:
         key = (rate, enough, seed)

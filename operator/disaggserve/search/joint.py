@@ -38,6 +38,7 @@ from disaggserve.workload import Requests
 HOPE = 0.04  # a phase alone, or both multiplied, may miss the target by so much and be simulated whole
 SCREENED, FINALISTS = 18, 6  # of one cost: simulated whole on few requests; of these on three seeds
 MOST_GPUS = 4096  # where it is asked how many would do
+CLOSER = 6000  # requests a seed for the finalists
 COUNTS = 64  # beyond so many instances the goodput of each is taken to rise no more
 EQUAL_GOODPUT = 0.02  # goodputs per GPU within the bisection's own step are equal
 
@@ -798,7 +799,9 @@ class Joint:
         goodputs = self.goodputs[plan.prefill]
         if goodput is None:
             self.tell("goodput of the plan", 0, 1)
-            goodput = goodputs.joint(plan.deployment, 1.1 * rate, rate)
+            most = self._most_by_fluid(plan)
+            start = 1.1 * rate if math.isinf(most) else math.sqrt(rate * most)
+            goodput = goodputs.joint(plan.deployment, start, rate, most)
         else:
             rate = goodput
         node_gpus = max(n.gpus_total for n in problem.inventory.nodes if n.gpu is plan.decode)
@@ -823,6 +826,14 @@ class Joint:
             rejected=(*said, *self.rejected, *shapes.summary(self.refused))[:MOST_REJECTED],
             simulations=self._simulations(),
         )
+
+    def _most_by_fluid(self, plan: Plan) -> float:
+        """req/s that the plan cannot reach, by fluid capacity and a little."""
+        if plan.deployment.mixed:
+            return math.inf
+        prefill = plan.split.n * self.goodputs[plan.prefill].fluid("prefill", plan.split.prefill)
+        decode = plan.split.m * self.goodputs[plan.decode].fluid("decode", plan.split.decode)
+        return max(1.05 * self.problem.workload.rate, 1.1 * min(prefill, decode))
 
     def _simulations(self) -> int:
         return sum(g.simulations for g in self.goodputs.values())
