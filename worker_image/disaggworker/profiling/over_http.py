@@ -8,8 +8,8 @@ second token, so that neither a prefill nor a hand-off is among them. It leaves 
 a step. Streams grow while they are watched, and the row says how long they were.
 
 The server must be idle and keep a batch together: one instance, or one of each role behind a router. It must send every
-token in a frame of its own, and needs no key. Prompts are ids from
-10 to 255, which every vocabulary has; a model of experts may route them otherwise than text.
+token in a frame of its own, and needs no key. Prompts are ids from 10 to 255, which every vocabulary has; a model of
+experts may route them otherwise than text.
 """
 
 from __future__ import annotations
