@@ -74,8 +74,21 @@ def _application(app: Application) -> page.Result:
             (s, bench.attained(app.scaled_at, scaled(app.promise, s))) for s in app.scales
         ]
     return page.Result(
-        app, tuple(found), goodputs, by_rate, by_scale, _ablation(app, goodputs, found), _by_factor(app)
+        app,
+        tuple(found),
+        goodputs,
+        by_rate,
+        by_scale,
+        _ablation(app, goodputs, found),
+        _by_factor(app),
+        _one_link(app),
     )
+
+
+def _one_link(app: Application) -> float:
+    """Goodput per GPU of the paper's placement, as it ran it, if a decode instance had one GPU's rate for all of its KV."""
+    bench = Bench(systems.own(app, each_gpu=False), systems.lengths(app), app.prompts_per_gpu)
+    return bench.goodput(app.promise, app.distserve / 2).as_run
 
 
 def _by_factor(app: Application) -> dict[str, page.Vllm]:

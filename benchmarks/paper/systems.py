@@ -53,12 +53,13 @@ def lengths(app: Application) -> Lengths:
     return preset(app.lengths).scaled(1.0, catalogue.model(app.model).max_positions)
 
 
-def own(app: Application) -> System:
-    """The paper's placement on the engine that it ran, each of whose decode GPUs pulls and swaps its own share of KV."""
+def own(app: Application, *, each_gpu: bool = True) -> System:
+    """The paper's placement on the engine that it ran. Its rates of pulls and swaps were found on decode of one GPU; here
+    each of decode's GPUs moves its own share of KV at them, or without `each_gpu` the whole instance does."""
     model, ours = catalogue.model(app.model), engines.DISTSERVE
     assert ours.transfer_bytes_s is not None
     assert ours.swap_bytes_s is not None
-    gpus = app.decode[0] * app.decode[1]
+    gpus = app.decode[0] * app.decode[1] if each_gpu else 1
     engine = dataclasses.replace(
         ours, transfer_bytes_s=ours.transfer_bytes_s * gpus, swap_bytes_s=ours.swap_bytes_s * gpus
     )

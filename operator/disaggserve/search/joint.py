@@ -40,6 +40,7 @@ SCREENED, FINALISTS = 18, 6  # of one cost: simulated whole on few requests; of 
 MOST_GPUS = 4096  # where it is asked how many would do
 CLOSER = 6000  # requests a seed for the finalists
 COUNTS = 64  # beyond so many instances the goodput of each is taken to rise no more
+CLIMBED = 2  # for the highest goodput: of the best splits found, so many are improved instance by instance
 EQUAL_GOODPUT = 0.02  # goodputs per GPU within the bisection's own step are equal
 
 
@@ -488,22 +489,53 @@ class Joint:
                         options.append((round(value(estimate, split.counts.gpus), 6), split))
         options.sort(key=lambda o: (-o[0], o[1]))
         tried: list[tuple[float, float, Plan]] = []
-        for _, split in options:
-            if len(tried) == FINALISTS:
-                break
+        seen: set[Split] = set()
+
+        def attempt(split: Split) -> float | None:
+            """The value of a split; None where it does not fit or was tried. Phases alone are only a first word on it."""
+            counts = split.counts
+            if split in seen or min(counts.n, counts.m) < 1 or counts.gpus > most:
+                return None
+            seen.add(split)
             try:
                 plan = self._pack(split)
             except NoRoom:
-                continue
-            self.tell(f"goodput of {split.counts}", len(tried), FINALISTS)
+                return None
+            self.tell(f"goodput of {counts}", len(tried), len(tried) + 1)
             ground = self.grounds[split.ground]
             start = min(
                 float(self._by_count(ground.prefill, "prefill", split.prefill, split.n)[-1]),
                 float(self._by_count(ground.decode, "decode", split.decode, split.m)[-1]),
             )
             goodput = self.goodputs[ground.prefill].joint(plan.deployment, start) if start else 0.0
-            if goodput:
-                tried.append((value(goodput, plan.gpus), goodput, plan))
+            if not goodput:
+                return None
+            tried.append((value(goodput, plan.gpus), goodput, plan))
+            return tried[-1][0]
+
+        for _, split in options:  # the best, whatever their shapes
+            if attempt(split) is not None and len(tried) == FINALISTS:
+                break
+        first: dict[tuple[int, Shape, Shape], Split] = {}  # and the best of each pair of shapes
+        for _, split in options:
+            first.setdefault((split.ground, split.prefill, split.decode), split)
+        for split in list(first.values())[:FINALISTS]:
+            attempt(split)
+        for _, _, top in sorted(tried, key=lambda t: (-t[0], t[2].split))[:CLIMBED]:
+            best, at = -math.inf, top.split
+            while (
+                True
+            ):  # an instance more or less of a role, or one moved from role to role, while that is better
+                around = [
+                    at._replace(n=at.n + n, m=at.m + m)
+                    for n, m in ((1, 0), (0, 1), (-1, 0), (0, -1), (1, 1), (1, -1), (-1, 1))
+                ]
+                values = [(found, split) for split in around if (found := attempt(split)) is not None]
+                found, split = max(values, default=(-math.inf, at), key=lambda v: v[0])
+                known = max(best, next((v for v, _, plan in tried if plan.split == at), -math.inf))
+                if found <= known:
+                    break
+                best, at = found, split
         if self.problem.engine.colocates:
             tried += self._fastest_mixed(value)
         if not tried:
