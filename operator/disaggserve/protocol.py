@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-VERSION = 1
+from disaggserve.wire import VERSION
 
 RefusalCode = Literal["expired", "pairing", "version", "malformed"]
 

@@ -21,7 +21,8 @@ from aiohttp import web
 from tokenizers import Tokenizer
 
 from disaggserve import metric_names as names
-from disaggserve.protocol import VERSION, Handoff, Layout
+from disaggserve.protocol import Handoff, Layout
+from disaggserve.wire import VERSION
 from disaggworker import config as configuration
 from disaggworker import openai
 from disaggworker.chat import ChatTemplate
