@@ -48,3 +48,13 @@ def test_logits_are_those_of_transformers(model_id: str, tmp_path: Path) -> None
         )
     torch.testing.assert_close(prompts, torch.cat([e[:-1] for e in expected]), atol=3e-4, rtol=1e-5)
     torch.testing.assert_close(after, torch.stack([e[-1] for e in expected]), atol=3e-4, rtol=1e-5)
+
+
+def test_a_window_is_refused(tmp_path: Path) -> None:
+    from disaggworker.errors import StartError
+    from disaggworker.model.load import load
+
+    config = make_tiny("Qwen/Qwen3-8B", tmp_path / "tiny") / "config.json"
+    config.write_text(config.read_text().replace('"use_sliding_window": false', '"use_sliding_window": true'))
+    with pytest.raises(StartError, match="use_sliding_window"):
+        load(tmp_path / "tiny", "float32")
