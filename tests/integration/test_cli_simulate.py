@@ -82,7 +82,7 @@ def test_a_shape_is_simulated_on_drawn_requests() -> None:
     assert found["ttft"]["p50"] < found["ttft"]["p90"] < found["ttft"]["p99"]
     assert set(found["breakdown"]) == {"queue", "prefill", "transfer", "decodeWait", "decode"}
     assert all(v > 0 for v in found["breakdown"].values())
-    assert found["latencySource"] == "DistServe fit, A100-80G, tp 1,2,4"
+    assert found["latencySource"] == "DistServe fit, A100-80G, tp 1,2,4, measured on DistServe's engine"
     assert len(found["digest"]) == 64
 
 
@@ -170,7 +170,10 @@ def test_the_engine_is_the_one_that_the_profile_was_measured_on(tmp_path: Path) 
     found = answer("simulate", "--shape", SHAPE, *TARGET, *SHORT, *profile)
     assert (found["engine"], "vllm" in found["latencySource"]) == ("vllm", True)
     torch = answer("simulate", "--shape", SHAPE, *TARGET, *SHORT, *profile, "--engine", "torch")
-    assert (torch["engine"], torch["latencySource"]) == ("torch", found["latencySource"])
+    assert (torch["engine"], torch["latencySource"]) == (
+        "torch",
+        f"{found['latencySource']}, measured on vllm",
+    )
     other = run("simulate", "--shape", SHAPE, *TARGET, *SHORT, *profile, "--model", "facebook/opt-30b")
     assert (other.returncode, "no measured step times of facebook/opt-30b" in other.stderr) == (1, True)
 
