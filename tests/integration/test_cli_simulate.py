@@ -84,6 +84,7 @@ def test_a_shape_is_simulated_on_drawn_requests() -> None:
     assert all(v > 0 for v in found["breakdown"].values())
     assert found["latencySource"] == "DistServe fit, A100-80G, tp 1,2,4, measured on DistServe's engine"
     assert len(found["digest"]) == 64
+    assert found["engine"] == "torch", "without a profile"
 
 
 def test_equal_inputs_have_equal_digests_and_others_have_others() -> None:
@@ -272,8 +273,31 @@ def test_every_kind_of_instance_is_simulated(shape: str, gpus: int) -> None:
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "distserve"])
 def test_how_an_engine_hands_over_does_not_matter_where_nothing_is(engine: str) -> None:
     shape = ("--shape", "colocated=2xtp1:vllm", *TARGET, *SHORT)
-    found, own = answer("simulate", *shape, "--engine", engine), answer("simulate", *shape)
+    done, own = run("simulate", *shape, "--engine", engine, "-o", "json"), answer("simulate", *shape)
+    found = json.loads(done.stdout)
+    remark = "does not prefill and decode in one instance; simulated all the same" in done.stderr
+    assert remark == (engine == "distserve")
     assert (found["engine"], found["ttft"], found["tpot"]) == (engine, own["ttft"], own["tpot"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "engine", "words"),
+    [
+        ("colocated=2xtp1:vllm", "torch", "torch does not prefill and decode in one instance"),
+        ("mixed=1xtp1:chunk512", "torch", "torch does not prefill and decode in one instance"),
+        ("mixed=2xtp1:chunk512", "vllm", "vllm does not move a request from one mixed instance to another"),
+        ("mixed=1xtp1:chunk512", "vllm", ""),
+        (SHAPE, "torch", ""),
+    ],
+)
+def test_what_no_engine_of_the_release_runs_is_simulated_with_a_remark(
+    shape: str, engine: str, words: str
+) -> None:
+    done = run("simulate", "--shape", shape, *TARGET, *SHORT, "--engine", engine)
+    assert done.returncode == 0
+    assert f"engine: {engine}" in done.stdout
+    said = f"{shape}: {words}; simulated all the same, with its other habits\n"
+    assert done.stderr == (said if words else "")
 
 
 def test_vllm_lets_decode_wait_for_prompts_and_chunks_do_not() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -147,6 +148,8 @@ def from_shape(shape: str, given: Given) -> Subject:
     if link == "nvlink" and not gpu.nvlink_bytes_s:
         raise InvalidInput(f"{gpu.product} has no NVLink; give --link pcie")
     deployment = shapes.deployment(model, engine, gpu, groups, link, profile)
+    if said := shapes.refuse(engine, groups):
+        print(f"{shape}: {said}; simulated all the same, with its other habits", file=sys.stderr)
     return Subject(
         shape,
         deployment,
