@@ -335,6 +335,40 @@ def test_a_plan_is_simulated_replayed_and_compared_with_its_own_shape(tmp_path: 
     assert (broken.returncode, "disaggserve plan -o json" in broken.stderr) == (1, True)
 
 
+def test_a_colocated_plan_shows_how_it_takes_prompts_and_is_one_with_its_shape(tmp_path: Path) -> None:
+    sent, nodes = steady(tmp_path / "t.csv"), cluster(tmp_path / "c.yaml", dgx(1))
+    asked = ("plan", "-f", manifest(tmp_path / "cr.json"), "--nodes", nodes, "--engine", "vllm")
+    found = answer(*asked)
+    (role,) = found["roles"]
+    whole = "chunk" not in role
+    how = "whole prompts" if whole else f"chunks of {role['chunk']}"
+    table = run(*asked).stdout
+    assert f"tp {role['tp']}, pp {role['pp']}, {how}" in table
+    assert (found["mixed"], "colocated" in table) == (f"{role['count']}×tp{role['tp']} with {how}", True)
+    digests = []
+    for chunk in (role.get("chunk"), 640):
+        plan = tmp_path / f"{chunk}.json"
+        plan.write_text(json.dumps({**found, "roles": [{**role, **({"chunk": chunk} if chunk else {})}]}))
+        suffix = f"chunk{chunk}" if chunk else "vllm"
+        shape = f"colocated={role['count']}xtp{role['tp']}pp{role['pp']}:{suffix}"
+        setting = found["setting"]
+        on = (
+            "--model",
+            setting["model"],
+            "--gpu",
+            setting["gpu"],
+            "--engine",
+            "vllm",
+            "--link",
+            setting["link"],
+        )
+        limits = [x for k in ("ttft", "tpot") for x in (f"--{k}", f"{setting[k]}s")]
+        both = answer("compare", plan, "--shape", shape, *on, *limits, "--trace", sent)["compared"]
+        assert both[0]["digest"] == both[1]["digest"]
+        digests.append(both[0]["digest"])
+    assert digests[0] != digests[1]
+
+
 def test_a_plan_made_with_a_profile_is_simulated_with_it(tmp_path: Path) -> None:
     data = Path(workload.__file__).parents[1] / "data" / "profiles"
     profile, other = data / "profiler-a100-80g.vllm.json", data / "raw_unfudged.profiler-a100-80g.vllm.json"

@@ -14,6 +14,7 @@ import typer
 from pydantic import ValidationError
 
 from disaggserve import catalogue, engines, latency, plan
+from disaggserve.api import plan as api
 from disaggserve.api.errors import InvalidInput
 from disaggserve.api.model import seconds
 from disaggserve.api.plan import Plan
@@ -97,7 +98,10 @@ def from_plan(path: Path, given: Given, *, among_shapes: bool = False) -> Subjec
             "engine": setting.engine,
             "gpu": [setting.gpu, setting.decode_gpu or setting.gpu],
             "link": setting.link,
-            "groups": _groups(shapes.Shape(r.role, r.count, r.tp, r.pp) for r in planned.roles),
+            "groups": _groups(
+                shapes.Shape(api.kind(planned.roles, r.role), r.count, r.tp, r.pp, r.chunk)
+                for r in planned.roles
+            ),
             "profile": profile and profile.digest,
         },
     )

@@ -67,8 +67,8 @@ def _lead(spec: Spec, p: Plan) -> str:
 def _shape(r: RolePlan) -> str:
     gpus = r.tp * r.pp
     split = f"tp {r.tp}" + (f", pp {r.pp}" if r.pp > 1 else "")
-    chunk = f", prompts in chunks of {r.chunk} tokens" if r.chunk else ""
-    return f"{gpus} GPU{'s' * (gpus > 1)} each ({split}{chunk})"
+    prompts = f", {r.prompts()}" + " tokens" * bool(r.chunk) if r.role == "mixed" else ""
+    return f"{gpus} GPU{'s' * (gpus > 1)} each ({split}{prompts})"
 
 
 def _badges(p: Plan, refusal: str | None) -> str:
