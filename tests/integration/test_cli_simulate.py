@@ -344,6 +344,7 @@ def test_a_colocated_plan_shows_how_it_takes_prompts_and_is_one_with_its_shape(t
     how = "whole prompts" if whole else f"chunks of {role['chunk']}"
     table = run(*asked).stdout
     assert f"tp {role['tp']}, pp {role['pp']}, {how}" in table
+    assert f"% of the physical bound, {found['bound']:.1f} req/s per GPU)" in table
     assert (found["mixed"], "colocated" in table) == (f"{role['count']}×tp{role['tp']} with {how}", True)
     digests = []
     for chunk in (role.get("chunk"), 640):

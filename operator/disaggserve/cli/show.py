@@ -71,7 +71,7 @@ def plan(spec: Spec, draft: Draft) -> None:
     _out.print()
     _out.print(
         f"{p.gpus} GPUs; goodput {p.goodput:.2f} req/s, {p.goodput_per_gpu:.2f} req/s per GPU"
-        + (f" ({p.bound_share:.0%} of the physical bound, {p.bound:.1f})" if p.bound else "")
+        + (f" ({p.bound_share:.0%} of the physical bound, {p.bound:.1f} req/s per GPU)" if p.bound else "")
     )
     _out.print(_prediction_line(p.predicted, spec.slo.attainment))
     _out.print(
