@@ -7,8 +7,9 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import typer
 
 from disaggserve import engines, simulate, workload
@@ -21,7 +22,9 @@ from disaggserve.workload import Lengths, Requests, Workload
 WARMUP_S = 60.0
 COOLDOWN_S = 15.0  # of requests after the judged ones, which would else decode on an emptying instance
 MOST = 10_000_000  # requests of one draw
-ENOUGH = 300  # requests of one run, for a goodput
+ENOUGH = 300  # requests of one run at least, for a goodput
+ALONE = 1000  # requests sent one by one, to see what is kept without load
+LONGEST_S = 1e6  # of one run; the simulator holds 13 days
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,17 +171,29 @@ def _cached_by(subject: Subject, traffic: Traffic) -> list[Requests]:
     return [dataclasses.replace(r, cached=None) for r in traffic.runs]
 
 
-def goodput(subject: Subject, traffic: Traffic, seeds: Sequence[int]) -> float:
-    """Highest rate at which the subject keeps its promise, req/s, for the same traffic come faster or slower.
+class Goodput(NamedTuple):
+    """The highest rate that keeps the promise, req/s; 0: none does. `unloaded`: attainment of requests that come alone."""
 
-    Raises `BadTrace` for a trace without a rate.
-    """
-    drawn = traffic.drawn or workload.from_trace(_cached_by(subject, traffic)[0], "trace")
+    rate: float
+    unloaded: float
+
+
+def goodput(subject: Subject, traffic: Traffic, seeds: Sequence[int]) -> Goodput:
+    """For the same traffic come faster or slower. Raises `BadTrace` for a trace without a rate."""
+    runs = _cached_by(subject, traffic)
+    drawn = traffic.drawn or workload.from_trace(runs[0], "trace")
     duration_s = traffic.end_s - traffic.begin_s
+    unloaded = _unloaded(subject, runs[0])
+    if (
+        unloaded < subject.promise.attainment
+    ):  # at rates so low that few come, chance would keep it all the same
+        return Goodput(0.0, unloaded)
 
     def attain(rate: float) -> float:
-        # At a low rate it takes longer to see enough of them.
-        end_s = WARMUP_S + max(duration_s, min(ENOUGH / rate, 3600.0))
+        # At a low rate it takes longer to see enough of them; where that is more than a run can hold, none is.
+        if ENOUGH / rate > LONGEST_S:
+            return 0.0
+        end_s = WARMUP_S + max(duration_s, ENOUGH / rate)
         at = dataclasses.replace(drawn, rate=rate)
         runs = [
             (r, simulate.run(subject.deployment, r))
@@ -186,4 +201,12 @@ def goodput(subject: Subject, traffic: Traffic, seeds: Sequence[int]) -> float:
         ]
         return simulate.judge(*simulate.joined(runs, WARMUP_S, end_s), subject.promise).attainment
 
-    return simulate.goodput(attain, subject.promise.attainment, start=drawn.rate)
+    return Goodput(simulate.goodput(attain, subject.promise.attainment, start=drawn.rate), unloaded)
+
+
+def _unloaded(subject: Subject, requests: Requests) -> float:
+    """Attainment of the first requests of a run, each sent alone."""
+    some = requests.take(slice(0, ALONE))
+    apart_ns = np.arange(len(some), dtype=np.int64) * round(LONGEST_S / ALONE * 1e9)
+    alone = dataclasses.replace(some, arrival_ns=apart_ns)
+    return simulate.judge(alone, simulate.run(subject.deployment, alone), subject.promise).attainment
