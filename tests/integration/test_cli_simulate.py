@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from disaggserve import cli, workload
+from disaggserve.cli import traffic
 from tests.data import shared
 from tests.integration.test_cli import cluster, dgx, manifest
 
@@ -131,10 +132,17 @@ def test_requests_above_the_context_are_left_out_and_said(tmp_path: Path) -> Non
         "simulate", "--shape", SHAPE, *TARGET, "--trace", trace(tmp_path / "t.csv", rows), "-o", "json"
     )
     assert (json.loads(done.stdout)["leftOut"], json.loads(done.stdout)["requests"]) == (2, 2)
-    assert "2 of 4 requests (50.0%) are left out" in done.stderr
-    assert "2048 tokens" in done.stderr
+    said = "2 of 4 requests (50.0%) are longer than the model's context of 2048 tokens and left out"
+    assert done.stderr == f"{tmp_path / 't.csv'}: {said}\n"
     none = run("simulate", "--shape", SHAPE, *TARGET, "--trace", trace(tmp_path / "n.csv", rows[1:3]))
-    assert (none.returncode, "every one of its 2 requests" in none.stderr) == (1, True)
+    assert (none.returncode, "all 2 requests are longer" in none.stderr) == (1, True)
+
+
+def test_a_small_share_is_not_said_to_be_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "; 1 of 19366 requests (0.01%) is longer" in traffic.over_context("t.csv", 1, 19366, 2048)
+    assert "2 of 3000 requests (0.07%) are longer" in traffic.over_context("t.csv", 2, 3000, 2048)
+    assert traffic.over_context("t.csv", 0, 5, 2048) == ""
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_rows_of_lengths_above_the_context_are_left_out_and_said(tmp_path: Path) -> None:
@@ -142,7 +150,7 @@ def test_rows_of_lengths_above_the_context_are_left_out_and_said(tmp_path: Path)
     table.write_text("input_tokens,output_tokens,weight\n2000,48,3\n2000,49,1\n")
     drawn = ("--lengths", table, "--rate", 2, "--duration", "30s")
     done = run("simulate", "--shape", SHAPE, *TARGET, *drawn, "-o", "json")
-    assert "5000 of 20000 requests (25.0%) are left out" in done.stderr
+    assert "5000 of 20000 requests (25.0%) are longer" in done.stderr
     assert json.loads(done.stdout)["leftOut"] == 5000
 
 
@@ -414,7 +422,7 @@ def test_a_plan_is_made_for_a_trace_in_its_own_order(tmp_path: Path) -> None:
     base = ("plan", "-f", file, "--nodes", nodes, "--trace", sent, "-o", "json")
     done = run(*base)
     found = json.loads(done.stdout)["workload"]
-    assert "1 of 900 requests (0.1%) are longer" in done.stderr
+    assert "1 of 900 requests (0.1%) is longer" in done.stderr
     assert (found["rate"], found["cv"], found["inputMean"], found["outputMean"]) == (2.5, 0, 1024, 30)
     assert "prefix cache" not in found["source"], "torch has none"
     warm = json.loads(run(*base, "--engine", "vllm").stdout)["workload"]["source"]

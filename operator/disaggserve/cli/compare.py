@@ -15,7 +15,8 @@ from disaggserve.cli.traffic import Goodput, Judged, Traffic
 
 def run(subjects: Sequence[Subject], given: traffic.Given, goodput: bool, output: str) -> None:
     if len(subjects) < 2:
-        raise InvalidInput("there is one plan or shape, or none, to compare; give at least two")
+        found = "only one plan or shape" if subjects else "no plan or shape"
+        raise InvalidInput(f"there is {found} to compare; give at least two")
     sent = traffic.load(given, min(s.context_length for s in subjects))
     rows: list[tuple[Subject, Judged, Goodput | None]] = []
     for n, subject in enumerate(subjects, 1):

@@ -102,7 +102,7 @@ def _lengths(name: str, context_length: int) -> tuple[Lengths, int]:
         return workload.preset(name).scaled(1.0, context_length), 0
     whole = workload.read_lengths(name)
     table, left_out = whole.within(context_length)
-    _say_left_out(name, left_out, len(whole), context_length)
+    over_context(name, left_out, len(whole), context_length)
     return table, left_out
 
 
@@ -110,21 +110,25 @@ def trace(path: Path, cache_blocks: int | None, context_length: int) -> tuple[Re
     """The requests of a file that fit the context, and how many were left out, which is said on stderr."""
     read = workload.read_trace(path, context_length=context_length, cache_blocks=cache_blocks)
     requests, left_out = read.within(context_length)
-    if not len(requests):
-        raise InvalidInput(
-            f"{path}: every one of its {left_out} requests is longer than the context of {context_length} tokens"
-        )
-    _say_left_out(path, left_out, len(read), context_length)
+    over_context(path, left_out, len(read), context_length)
     return requests, left_out
 
 
-def _say_left_out(where: object, left_out: int, of: int, context_length: int) -> None:
-    if left_out:
-        print(
-            f"{where}: {left_out} of {of} requests ({left_out / of:.1%}) are left out: prompt and answer exceed "
-            f"the context of {context_length} tokens",
-            file=sys.stderr,
-        )
+def over_context(where: Path | str, out: int, of: int, context_length: int) -> str:
+    """What to add to a source of which so many requests are left out, also said on stderr; empty where none is.
+
+    Raises InvalidInput where there are no others.
+    """
+    if not out:
+        return ""
+    longer = f"longer than the model's context of {context_length} tokens"
+    if out == of:
+        raise InvalidInput(f"{where}: all {of} requests are {longer}")
+    share = out / of
+    digits = f"{share:.1%}" if share >= 0.001 else f"{max(share, 0.0001):.2%}"
+    said = f"{out} of {of} requests ({digits}) {'is' if out == 1 else 'are'} {longer} and left out"
+    print(f"{where}: {said}", file=sys.stderr)
+    return f"; {said}"
 
 
 def of(requests: Requests, left_out: int) -> Traffic:
