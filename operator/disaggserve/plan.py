@@ -29,6 +29,7 @@ from disaggserve.api.plan import (
     digest,
     words,
 )
+from disaggserve.api.plan import in_words as roles_in_words
 from disaggserve.api.spec import PodSpec, Spec
 from disaggserve.workload import Workload
 
@@ -567,11 +568,8 @@ def promise(spec: Spec) -> simulate.Promise:
 def in_words(plan: Plan) -> str:
     """One line: shapes, GPUs, rate and what is predicted."""
     p = plan.predicted
-    shapes = ", ".join(
-        f"{name} {words(plan.roles, name)}" for name in dict.fromkeys(r.role for r in plan.roles)
-    )
     return (
-        f"{shapes} on {plan.gpus} GPUs for {plan.rate:g} req/s, "
+        f"{roles_in_words(plan.roles)} on {plan.gpus} GPUs for {plan.rate:g} req/s, "
         f"predicted attainment {p.attainment:.1%} ({p.attainment_low:.1%} to {p.attainment_high:.1%})"
     )
 
