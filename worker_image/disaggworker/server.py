@@ -33,7 +33,7 @@ from disaggworker.engine.scheduler import Scheduler
 from disaggworker.engine.sequence import Sequence, Token
 from disaggworker.errors import RequestError, StartError, TransferError
 from disaggworker.kv.blocks import BLOCK_TOKENS, BlockManager, blocks_for
-from disaggworker.kv.pool import Pool
+from disaggworker.kv.pool import Pool, blocks_in_memory
 from disaggworker.kv.pull import KVClient
 from disaggworker.kv.serve import KVServer
 from disaggworker.metrics import CONTENT_TYPE, Metrics
@@ -41,8 +41,6 @@ from disaggworker.model.load import Model, load
 from disaggworker.pace import Pace
 
 _BATCH_TOKENS = 512  # L_m where no pace says another
-_CPU_POOL_BYTES = 1 << 30  # KV memory on a CPU where nobody says how many blocks
-_GPU_SHARE = 0.9  # of the memory that is free after the weights
 _BODY_BYTES = 32 << 20
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -61,13 +59,7 @@ def total_blocks(config: Config, pace: Pace | None, model: Model) -> int:
         return config.kv_blocks
     if pace:
         return pace.blocks
-    size = 2 * model.layers * model.kv_heads * model.head_dim * BLOCK_TOKENS * model.dtype.itemsize
-    room = _CPU_POOL_BYTES
-    if model.device.type == "cuda":
-        room = int(_GPU_SHARE * torch.cuda.mem_get_info()[0])
-    if not room // size:
-        raise StartError(f"No memory is left for a KV block of {size} bytes beside the weights.")
-    return room // size
+    return blocks_in_memory(model.layers, model.kv_heads, model.head_dim, model.dtype, model.device)
 
 
 class Worker:

@@ -124,8 +124,8 @@ class Engine:
         probe = Sequence(
             [0] * 15, sampling=Sampling(temperature=0.0), max_tokens=2, on_token=lambda _t, _f: None, kv=owned
         )
-        probe.output = [token.id for token in self._prefill([probe])]
-        self._decode([probe])
+        probe.output = [token.id for token in self.prefill([probe])]
+        self.decode([probe])
         self.scheduler.blocks.release(owned)
 
     def run(self) -> None:
@@ -189,7 +189,7 @@ class Engine:
                 if kind == "prefill"
                 else times.decode_stage_s(len(batch), sum(lengths))
             )
-        tokens = self._prefill(batch) if kind == "prefill" else self._decode(batch)
+        tokens = self.prefill(batch) if kind == "prefill" else self.decode(batch)
         done = self._clock()
         self.steps += 1
         if not self.pace:
@@ -212,7 +212,8 @@ class Engine:
                 return "decode", batch, lane
         return None
 
-    def _prefill(self, batch: list[Sequence]) -> list[Token]:
+    def prefill(self, batch: list[Sequence]) -> list[Token]:
+        """Compute these sequences whole, into their blocks; the next token of each."""
         lengths = [sequence.length for sequence in batch]
         flat = [token for s in batch for part in (s.prompt, s.output) for token in part]
         device = self.model.device
@@ -222,7 +223,8 @@ class Engine:
         attention = PrefillAttention(self.pool, lengths, [s.kv.blocks for s in batch if s.kv])
         return choose(self.model.forward(tokens, positions, attention, last), batch)
 
-    def _decode(self, batch: list[Sequence]) -> list[Token]:
+    def decode(self, batch: list[Sequence]) -> list[Token]:
+        """Compute the last token of each of these sequences; the next token of each."""
         lengths = [sequence.length for sequence in batch]
         device = self.model.device
         tokens = torch.tensor([sequence.output[-1] for sequence in batch], device=device)
