@@ -17,8 +17,8 @@ from typing import Any
 import aiohttp
 
 ROOT = Path(__file__).parents[2]
-# Addresses of this process alone: another run on this machine must not answer for these workers.
-_NET = f"127.{64 + os.getpid() // 256 % 128}.{os.getpid() % 256}"
+# Of this process alone: two checkouts may be tested on one machine at a time, and must not talk to each other's workers.
+_NET = f"127.0.{21 + os.getpid() % 200}"
 PREFILL, DECODE = f"{_NET}.1", f"{_NET}.2"
 PORT, KV_PORT = 8431, 5631
 DEADLINE_S = 60.0
