@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from disaggserve import catalogue, engines, hardware, latency, protocol, search, simulate
+from disaggserve import catalogue, engines, hardware, latency, search, simulate, wire
 from disaggserve import workload as workloads
 from disaggserve.api.errors import Fault, Infeasible, InvalidInput, InvalidManifest
 from disaggserve.api.model import seconds
@@ -135,7 +135,7 @@ def pairing_key(spec: Spec) -> str:
             "kvDtype": spec.model.kv_dtype,
             "blockTokens": engine.block_tokens,
             "handoff": engine.handoff,
-            "protocol": protocol.VERSION,
+            "protocol": wire.VERSION,
         }
     )[:_KEY_LENGTH]
 

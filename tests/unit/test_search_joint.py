@@ -255,6 +255,38 @@ def test_without_rdma_the_better_of_pools_and_pairs_is_taken() -> None:
     assert "over tcp" in str(e)
 
 
+@pytest.mark.parametrize(
+    ("engine", "ttft_s", "tpot_s"),
+    [(engines.VLLM, 0.25, 0.1), (engines.SGLANG, 0.25, 0.1), (engines.SGLANG, 3.3, 0.2)],
+)
+def test_the_transfer_counts_where_decode_makes_the_first_token(
+    engine: engines.Engine, ttft_s: float, tpot_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = 0
+    honest = simulate.run
+
+    def counted(deployment: simulate.Deployment, requests: workload.Requests) -> simulate.Outcome:
+        nonlocal ran
+        ran += 1
+        return honest(deployment, requests)
+
+    monkeypatch.setattr(simulate, "run", counted)
+    apart = dataclasses.replace(engine, colocates=False)
+    promise = simulate.Promise(ttft_s, tpot_s, 0.9)
+    p = problem(promise=promise, where=nodes(rdma=False), max_gpus=16, affinity="High")
+    e = infeasible(dataclasses.replace(p, engine=apart))
+    if ttft_s == 0.25:
+        assert e.limit == "Affinity"
+        nearest = re.search(
+            r"keep TTFT for 13%, .*; KV of a prompt takes 1244 ms: .* a TTFT of about", str(e)
+        )
+        assert nearest is not None, str(e)
+    else:  # idle instances keep it, but the link does not
+        assert e.limit == "GPUs"
+        assert re.match(r"10 req/s (takes \d+ GPUs \(|is kept by no number of GPUs)", str(e)), str(e)
+    assert ran < 1000  # walking every number of GPUs up to 4096 took over 300 s
+
+
 def test_nodes_with_rdma_are_used_apart_from_those_without() -> None:
     where = (*nodes(2, rdma=False, prefix="eth"), *nodes(1))
     found = search.place(problem(10, where=where))
@@ -286,6 +318,13 @@ def test_each_role_stands_on_the_product_that_costs_least() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- goodput
+
+
+def test_without_rdma_the_highest_goodput_is_that_of_pairs_where_pools_have_none() -> None:
+    found = search.place(problem(1, where=nodes(1, rdma=False), max_gpus=4, objective="goodput"))
+    assert (found.algorithm, found.paired, found.rate) == ("Joint", True, found.goodput)
+    assert found.goodput > 0
+    assert found.prediction.attainment >= 0.9
 
 
 def test_more_gpus_or_a_looser_promise_never_serve_less() -> None:

@@ -47,14 +47,17 @@ class Goodputs:
         self.problem, self.gpu = problem, gpu
         self.simulations = 0
         self._drawn: _Drawn = {} if drawn is None else drawn
+        self._pools: dict[tuple[Shape, int], Pool] = {}
         self._phases: dict[tuple[Role, Shape], float] = {}
         self._alone: dict[tuple[Role, Shape, int, float], float] = {}
         self._fluid: dict[tuple[Role, Shape], float] = {}
 
     def pool(self, shape: Shape, count: int = 1) -> Pool:
         """Instances of that shape on this GPU."""
-        p = self.problem
-        return predicting.pool(p.model, self.gpu, p.engine, *shape, count, p.profile)
+        if (shape, count) not in self._pools:
+            p = self.problem
+            self._pools[shape, count] = predicting.pool(p.model, self.gpu, p.engine, *shape, count, p.profile)
+        return self._pools[shape, count]
 
     def phase(self, role: Role, shape: Shape) -> float:
         """Goodput of one instance with its phase alone (Algorithm 1's inner loop), req/s; 0 where the promise
@@ -163,11 +166,23 @@ class Goodputs:
         by_row = times.decode_stage_s(1, 0) + mean * (times.decode_stage_s(1, 1) - times.decode_stage_s(1, 0))
         by_row = by_row * times.pp
         if link is not None and self.problem.engine.first_token_from == "prefill":
-            moved_s = link.latency_s + lengths.input * (
-                self.problem.model.kv_bytes_per_token() / link.bytes_per_s
-            )
-            by_row = by_row + moved_s / np.maximum(lengths.output - 1, 1)
+            by_row = by_row + self.moved_rows(link) / np.maximum(lengths.output - 1, 1)
         return np.where(lengths.output > 1, by_row, 0.0)
+
+    def idle_first_rows(self, shape: Shape, link: Link) -> npt.NDArray[np.float64]:
+        """Seconds from the end of prefill to the user's first token without load, by row of the lengths, for a decode
+        instance of that shape: none where the token comes from prefill, else the KV transfer and one decode step."""
+        times, lengths = self.pool(shape).times, self.problem.workload.lengths
+        if self.problem.engine.first_token_from == "prefill":
+            return np.zeros(len(lengths))
+        a_token = times.decode_stage_s(1, 1) - times.decode_stage_s(1, 0)
+        step = times.decode_stage_s(1, 0) + (lengths.input + 2) * a_token
+        return self.moved_rows(link) + step * times.pp
+
+    def moved_rows(self, link: Link) -> npt.NDArray[np.float64]:
+        """Seconds that the KV of each row's prompt takes over the link."""
+        per_token_s = self.problem.model.kv_bytes_per_token() / link.bytes_per_s
+        return self.problem.workload.lengths.input.astype(np.float64) * per_token_s + link.latency_s
 
     def _limit_s(self, role: Role) -> float:
         return self.problem.promise.ttft_s if role == "prefill" else self.problem.promise.tpot_s

@@ -9,8 +9,10 @@ fresh seeds and replaced where it fails (REFERENCE § 3, § 13).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +40,8 @@ from disaggserve.workload import Requests
 HOPE = 0.04  # a phase alone, or both multiplied, may miss the target by so much and be simulated whole
 SCREENED, FINALISTS = 18, 6  # of one cost: simulated whole on few requests; of these on three seeds
 MOST_GPUS = 4096  # where it is asked how many would do
+WALKED = 6  # costs tried one by one where none keeps the promise, before it is asked whether twice the GPUs bring more
+RISES = 0.01  # attainment that twice the GPUs must add to be worth doubling again
 CLOSER = 6000  # requests a seed for the finalists
 COUNTS = 64  # beyond so many instances the goodput of each is taken to rise no more
 CLIMBED = 2  # for the highest goodput: of the best splits found, so many are improved instance by instance
@@ -202,12 +206,10 @@ class Joint:
         """The placement. Raises `Infeasible` with the limit that binds and the nearest that could be kept."""
         if not self.grounds:
             return self._inside()
-        if self.problem.objective == "goodput":
-            return self._most()
         pools: Placement | None = None
         fault: Infeasible | None = None
         try:
-            pools = self._fewest()
+            pools = self._most() if self.problem.objective == "goodput" else self._fewest()
         except Infeasible as e:
             fault = e
         if self.affinity == "High" and self.problem.affinity != "Low":
@@ -285,22 +287,29 @@ class Joint:
         """Pairs of shapes that the engine takes and that keep the promise without load, the transfer in it."""
         problem = self.problem
         found: list[tuple[Shape, Shape]] = []
-        on_time = {
-            p: self.goodputs[ground.prefill].idle_rows("prefill", p) <= problem.promise.ttft_s
-            for p in self.shapes[ground.prefill, "prefill"]
-        }
         for d in self.shapes[ground.decode, "decode"]:
-            rows = self.goodputs[ground.decode].idle_rows("decode", d, ground.link)
-            steady = rows <= problem.promise.tpot_s
-            for p, early in on_time.items():
+            for p in self.shapes[ground.prefill, "prefill"]:
                 if engines.refuse_shape(problem.engine, "prefill", *p, other=d) is not None:
                     continue
-                if float(np.mean(early & steady)) >= problem.promise.attainment:
+                ttft, tpot = self._idle(ground, p, d)
+                both = (ttft <= problem.promise.ttft_s) & (tpot <= problem.promise.tpot_s)
+                if float(np.mean(both)) >= problem.promise.attainment:
                     found.append((p, d))
         return found
 
+    def _idle(
+        self, ground: Ground, p: Shape, d: Shape
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """TTFT and TPOT in seconds by row of the lengths without load, the transfer in whichever has it."""
+        decode = self.goodputs[ground.decode]
+        ttft = self.goodputs[ground.prefill].idle_rows("prefill", p) + decode.idle_first_rows(d, ground.link)
+        return ttft, decode.idle_rows("decode", d, ground.link)
+
     def _fluid(self, ground: Ground, role: Role, shape: Shape) -> int:
-        per_s = self.goodputs[ground.gpu(role)].fluid(role, shape)
+        goodputs = self.goodputs[ground.gpu(role)]
+        per_s = goodputs.fluid(role, shape)
+        if role == "decode":  # KV comes to an instance one request after another
+            per_s = min(per_s, 1 / float(np.mean(goodputs.moved_rows(ground.link))))
         # A window's own rate may be a little lower than the workload's.
         return max(1, math.ceil(0.95 * self.problem.workload.rate / per_s))
 
@@ -399,7 +408,11 @@ class Joint:
             for one, share in mixed.fewest(problem, self.goodputs[gpu], self._whole(gpu), free, link):
                 found.append((self._mixed_cost(gpu, one.gpus), one, share, inventory))
         found.sort(key=lambda f: (f[0], -f[2], f[1].gpu.product))
-        for cost, one, share, inventory in found[:FINALISTS]:
+        tried = Counter[Cost]()
+        for cost, one, share, inventory in found:
+            if tried[cost] == FINALISTS // 2:  # few requests flatter: what costs more has its turn
+                continue
+            tried[cost] += 1
             plan = self._mixed_plan(one, inventory)
             if plan is None:
                 continue
@@ -600,15 +613,7 @@ class Joint:
         most = self._available()
         words: list[str] = []
         if problem.objective == "gpus":
-            for cost, splits in self._levels(MOST_GPUS):
-                plans = [self._plan(split, ()) for split in splits]
-                kept = [(self._kept(plan, problem.workload.rate).both, plan) for plan in plans[:FINALISTS]]
-                best, plan = max(kept, key=lambda k: k[0])
-                if best >= problem.promise.attainment:
-                    words.append(f"{problem.workload.rate:g} req/s takes {cost.gpus} GPUs ({plan.words})")
-                    break
-            else:
-                words.append(f"{problem.workload.rate:g} req/s takes more than {MOST_GPUS} GPUs")
+            words.append(self._would_take())
         if problem.max_gpus == most:
             words.append(f"maxGPUs is {most}")
         else:
@@ -622,6 +627,48 @@ class Joint:
             words.append(f"with {plan.gpus} GPUs {floor(goodput)} req/s could be kept ({plan.words})")
         return Infeasible("GPUs", "; ".join(words))
 
+    def _would_take(self) -> str:
+        """How many GPUs would keep the promise at the rate, wherever they stood: the first costs one by one, then twice the
+        instances of the best split and again, while that brings more."""
+        rate, target = self.problem.workload.rate, self.problem.promise.attainment
+
+        def kept(split: Split) -> float:
+            return self._kept(self._plan(split, ()), rate).both
+
+        def takes(split: Split) -> str:
+            return f"{rate:g} req/s takes {self._cost(split).gpus} GPUs ({self._plan(split, ()).words})"
+
+        best, at = 0.0, None
+        for _, splits in itertools.islice(self._levels(MOST_GPUS), WALKED):
+            share, split = max(((kept(split), split) for split in splits[:FINALISTS]), key=lambda k: k[0])
+            if share >= target:
+                return takes(split)
+            if share > best:
+                best, at = share, split
+        if at is None:
+            return f"{rate:g} req/s takes more than {MOST_GPUS} GPUs"
+        while True:
+            double = at._replace(n=2 * at.n, m=2 * at.m)
+            if self._cost(double).gpus > MOST_GPUS:
+                return f"{rate:g} req/s takes more than {MOST_GPUS} GPUs"
+            share = kept(double)
+            if share >= target:
+                break
+            if share < best + RISES:
+                return (
+                    f"{rate:g} req/s is kept by no number of GPUs: {share:.1%} keep the promise with "
+                    f"{self._cost(double).gpus} ({self._plan(double, ()).words}), {best:.1%} with half of them"
+                )
+            best, at = share, double
+        few, enough = 8, 16  # eighths of `at`
+        while enough - few > 1:
+            middle = (few + enough) // 2
+            if kept(_eighths(at, middle)) >= target:
+                enough = middle
+            else:
+                few = middle
+        return takes(_eighths(at, enough))
+
     def _no_pair(self) -> Infeasible:
         """Where no two shapes keep both limits without load: the limit that more requests miss on the pair that comes
         nearest, and what it would have to be. TTFT and TPOT each can be kept by some shape, for as many requests."""
@@ -629,12 +676,11 @@ class Joint:
         nearest: tuple[float, Ground, Shape, Shape] | None = None
         for ground in self.grounds:
             for p in self.shapes[ground.prefill, "prefill"]:
-                early = self.goodputs[ground.prefill].idle_rows("prefill", p) <= promise.ttft_s
                 for d in self.shapes[ground.decode, "decode"]:
                     if engines.refuse_shape(problem.engine, "prefill", *p, other=d) is not None:
                         continue
-                    each = self.goodputs[ground.decode].idle_rows("decode", d, ground.link)
-                    kept = float(np.mean(early & (each <= promise.tpot_s)))
+                    ttft, tpot = self._idle(ground, p, d)
+                    kept = float(np.mean((ttft <= promise.ttft_s) & (tpot <= promise.tpot_s)))
                     if nearest is None or kept > nearest[0]:
                         nearest = kept, ground, p, d
         if nearest is None:
@@ -642,14 +688,12 @@ class Joint:
                 "Engine", f"{problem.engine.name} takes no pair of the shapes that keep the promise"
             )
         kept, ground, p, d = nearest
-        ttft = self.goodputs[ground.prefill].idle_rows("prefill", p)
-        tpot = self.goodputs[ground.decode].idle_rows("decode", d, ground.link)
+        ttft, tpot = self._idle(ground, p, d)
         early, steady = ttft <= promise.ttft_s, tpot <= promise.tpot_s
         late = float(np.mean(early)) < float(np.mean(steady))
         limit, rows = ("TTFT", ttft[steady]) if late else ("TPOT", tpot[early])
         enough = math.ceil(promise.attainment * len(ttft))
-        mean = float(problem.workload.lengths.input.mean())
-        moved_s = ground.link.latency_s + mean * problem.model.kv_bytes_per_token() / ground.link.bytes_per_s
+        moved_s = float(np.mean(self.goodputs[ground.decode].moved_rows(ground.link)))
         message = (
             f"even idle, prefill {p} and decode {d} on {ground} keep TTFT for {np.mean(early):.0%}, TPOT for "
             f"{np.mean(steady):.0%} and both for {kept:.0%} of the requests; KV of a prompt takes "
@@ -660,7 +704,8 @@ class Joint:
             if len(rows) >= enough
             else "both would have to be longer"
         )
-        if limit == "TPOT" and ground.link.name == "tcp":
+        moved_in = "TPOT" if problem.engine.first_token_from == "prefill" else "TTFT"
+        if limit == moved_in and ground.link.name == "tcp":
             return Infeasible("Affinity", f"{message}: nodes with RDMA would keep it, or {could}")
         return Infeasible(limit, f"{message}; {could}")
 
@@ -669,23 +714,30 @@ class Joint:
     def _inside(self) -> Placement:
         """Where KV must stay inside a node: pairs, or instances that prefill and decode."""
         apart = Infeasible("Affinity", "hardware.affinity Low keeps KV inside a node")
-        whole = self._mixed(None) if self.problem.objective == "gpus" else None
-        if whole is None:
-            return self._or_pairs(None, apart)
-        return self._or_pairs(whole, None)
+        whole: Placement | None = None
+        if self.problem.objective == "gpus":
+            whole = self._mixed(None)
+        elif self.problem.engine.colocates:
+            with contextlib.suppress(Infeasible):
+                whole = self._most()
+        return self._or_pairs(whole, None if whole else apart)
 
     def _or_pairs(self, pools: Placement | None, fault: Infeasible | None) -> Placement:
-        """The pools, or pairs of Algorithm 2 where those take fewer GPUs or nothing else keeps the promise."""
+        """The pools, or pairs of Algorithm 2 where those take fewer GPUs (for the highest goodput: serve more per GPU) or
+        nothing else keeps the promise."""
         found: list[Placement] = []
         faults = [fault] if fault else []
+        most = self.problem.objective == "goodput"
         for gpu, inventory in self.products:
             problem = dataclasses.replace(
                 self.problem,
                 inventory=inventory,
                 algorithm="LowAffinity",
-                max_gpus=min(self.problem.max_gpus, pools.gpus - 1) if pools else self.problem.max_gpus,
+                max_gpus=min(self.problem.max_gpus, pools.gpus - 1)
+                if pools and not most
+                else self.problem.max_gpus,
             )
-            if pools and self._least_pairs(gpu) >= pools.gpus:
+            if pools and not most and self._least_pairs(gpu) >= pools.gpus:
                 continue
             try:
                 found.append(Paper(problem, gpu, self.tell).place())
@@ -696,14 +748,21 @@ class Joint:
                 raise self._neither(faults)
             said = [Rejected("pairs in one container", str(e)) for e in faults]
             return dataclasses.replace(pools, rejected=(*pools.rejected, *said)[:MOST_REJECTED])
-        best = min(found, key=lambda p: p.gpus)
+        best = min(found, key=lambda p: (-p.goodput / p.gpus if most else 0.0, p.gpus))
+
+        def has(p: Placement) -> str:
+            if most:
+                return f"{p.goodput / p.gpus:.2f} req/s per GPU, {floor(p.goodput)} in all"
+            return f"takes {_gpus(p.gpus)}"
+
+        if pools and most and pools.goodput / pools.gpus >= best.goodput / best.gpus:
+            lost = Rejected("pairs in one container", has(best))
+            return dataclasses.replace(pools, rejected=(lost, *pools.rejected)[:MOST_REJECTED])
         said = [Rejected("prefill and decode apart", str(fault))] if fault else []
         if pools and pools.groups[0].role == "mixed":
-            said = [Rejected("prefill and decode in one instance", f"takes {pools.gpus} GPUs")]
+            said = [Rejected("prefill and decode in one instance", has(pools))]
         elif pools:
-            said = [
-                Rejected(f"prefill and decode apart, KV over {pools.link.name}", f"takes {pools.gpus} GPUs")
-            ]
+            said = [Rejected(f"prefill and decode apart, KV over {pools.link.name}", has(pools))]
         return dataclasses.replace(
             best,
             algorithm="Joint",
@@ -902,6 +961,11 @@ class Joint:
         )
         with_room = self._kept(dataclasses.replace(plan, deployment=more), rate).both
         return 1 - with_room <= 0.5 * (1 - kept.both)
+
+
+def _eighths(split: Split, eighths: int) -> Split:
+    """So many eighths of its instances, rounded up."""
+    return split._replace(n=-(-split.n * eighths // 8), m=-(-split.m * eighths // 8))
 
 
 def _gpus(n: int) -> str:
