@@ -7,8 +7,10 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ TARGET = (
     "--tpot",
     "100ms",
 )
+VLLM_PROFILE = Path(workload.__file__).parents[1] / "data" / "profiles" / "profiler-a100-80g.vllm.json"
 SHORT = ("--lengths", "humaneval", "--rate", 8, "--duration", "60s")
 
 
@@ -429,6 +432,61 @@ def test_a_plan_is_made_for_a_trace_in_its_own_order(tmp_path: Path) -> None:
     assert "50% of the prompt tokens found in a prefix cache" in warm
     cold = json.loads(run(*base, "--engine", "vllm", "--cache-blocks", 0).stdout)["workload"]["source"]
     assert "prefix cache" not in cold
+
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def documented() -> dict[str, tuple[set[str], set[str]]]:
+    """The README's table of JSON: by object its keys, and those that stand only sometimes."""
+    text = README.read_text().partition("## JSON for programs")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split("|") for line in text.splitlines() if line.startswith("| `")]
+    found = {}
+    for of, always, *sometimes in rows:
+        optional = re.findall(r"`(\w+)`[^;]*?:", sometimes[0]) if sometimes else []
+        found[re.findall("`([^`]+)`", of)[0]] = (set(re.findall(r"`(\w+)`", always)), set(optional))
+    return found
+
+
+def objects(path: str, value: object) -> Iterator[tuple[str, set[str]]]:
+    """Every object of a JSON value with its path, lists as []."""
+    if isinstance(value, dict):
+        yield path, set(value)
+        for key, inner in value.items():
+            yield from objects(f"{path}.{key}", inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from objects(f"{path}[]", inner)
+
+
+def test_the_json_has_the_keys_that_the_readme_says(tmp_path: Path) -> None:
+    sent = steady(tmp_path / "t.csv", 40)
+    nodes = dgx(2)
+    nodes[1]["spec"] = {"unschedulable": True}
+    on = ("-f", manifest(tmp_path / "cr.json", hardware={"prices": {"NVIDIA-A100-SXM4-80GB": 1.5}}))
+    on = (*on, "--nodes", cluster(tmp_path / "c.yaml", nodes))
+    two = ("--shape", SHAPE, "--shape", "colocated=1xtp1:vllm")
+    answers = [
+        ("plan", answer("plan", *on)),
+        ("plan", answer("plan", *on, "--engine", "vllm", "--profile", VLLM_PROFILE)),
+        ("simulate", answer("simulate", "--shape", SHAPE, *TARGET, "--trace", sent)),
+        ("replay", answer("replay", "--shape", SHAPE, *TARGET, "--trace", sent)),
+        ("compare", answer("compare", *two, *TARGET, "--trace", sent)),
+        ("compare", answer("compare", *two, *TARGET, "--trace", sent, "--goodput")),
+    ]
+    said = documented()
+    percentiles, _ = said.pop("plan.predicted.ttft")
+    seen: dict[str, set[str]] = {}
+    for path, keys in (found for name, value in answers for found in objects(name, value)):
+        if path.endswith((".ttft", ".tpot")):
+            assert keys == percentiles, path
+        elif path != "plan.setting.profile":
+            always, sometimes = said[path]
+            assert always <= keys <= always | sometimes, path
+            seen[path] = seen.get(path, set()) | keys
+    assert set(seen) == set(said), "no object stands in the README that no command prints"
+    rare = {"plan.setting": {"config", "decodeGPU"}, "plan.roles[]": {"chunk"}}
+    assert all(always | some == seen[p] | rare.get(p, set()) for p, (always, some) in said.items())
 
 
 def test_the_digest_is_the_same_in_another_process() -> None:
