@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -504,6 +505,7 @@ def replay(
     plan: Plan, profile: latency.Profile | None = None
 ) -> tuple[simulate.Deployment, simulate.Promise]:
     """The simulator's view of a plan, from nothing but the plan: for traces, and for other traffic than it was made for.
+    Of a plan of pairs it is one pair; `copies` says how many share the requests.
 
     A plan made with a profile of its own needs that profile again. Raises InvalidInput where it is missing or another.
     """
@@ -518,7 +520,8 @@ def replay(
         if setting.config is None
         else catalogue.model_from_config(setting.model, json.loads(setting.config))
     )
-    groups = [search.Group(r.role, r.tp, r.pp, r.count, (), r.chunk) for r in plan.roles]
+    alike = copies(plan)
+    groups = [search.Group(r.role, r.tp, r.pp, r.count // alike, (), r.chunk) for r in plan.roles]
     engine, gpu = engines.engine(setting.engine), catalogue.gpu(setting.gpu)
     where: dict[engines.Role, catalogue.GPU] = {
         "prefill": gpu,
@@ -527,6 +530,11 @@ def replay(
     }
     deployment = search.deployment(known, engine, where, groups, setting.link, profile=profile)
     return deployment, simulate.Promise(setting.ttft, setting.tpot, setting.attainment)
+
+
+def copies(plan: Plan) -> int:
+    """Equal parts of a plan that share nothing, each with its share of the requests: low-affinity pairs; else 1."""
+    return math.gcd(*(r.count for r in plan.roles)) if plan.paired else 1
 
 
 def _check_profile(setting: Setting, profile: latency.Profile | None) -> None:
@@ -549,7 +557,8 @@ def _check_profile(setting: Setting, profile: latency.Profile | None) -> None:
 def predict(plan: Plan, workload: Workload) -> Prediction:
     """What a committed plan would attain under other traffic."""
     deployment, promised = replay(plan)
-    return _prediction(search.predict(deployment, workload, promised))
+    share = replace(workload, rate=workload.rate / copies(plan))
+    return _prediction(search.predict(deployment, share, promised))
 
 
 def warm_up(options: Options = DEFAULT) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from disaggserve import latency, plan, workload
+from disaggserve import latency, plan, simulate, workload
 from disaggserve.api import manifest
 from disaggserve.api.errors import InvalidInput
 from disaggserve.api.plan import Plan
@@ -80,6 +80,27 @@ def test_a_plan_made_with_a_profile_is_replayed_with_it_only(tmp_path: Path) -> 
         plan.replay(found, latency.Profile.load(FITS))
     with pytest.raises(InvalidInput, match="made without a profile"):
         plan.replay(plan.draft(spec(5), FACTS).plan, profile)
+
+
+def test_pairs_are_replayed_as_they_were_predicted() -> None:
+    found = plan.draft(spec(30, planner={"algorithm": "LowAffinity"}), FACTS).plan
+    assert found.paired
+    assert plan.copies(found) >= 2
+    deployment, promise = plan.replay(found)
+    assert sum(p.count for p in (*deployment.prefill, *deployment.decode)) == 2
+    traffic = plan.expected(spec(30))
+    assert plan.predict(found, traffic).attainment == pytest.approx(found.predicted.attainment, abs=1e-3)
+    requests = traffic.requests(1500, 7)
+    dealt = simulate.run_copies(deployment, requests, plan.copies(found))
+    p = simulate.judge(requests, dealt, promise, 60, 1485)
+    assert abs(p.attainment - found.predicted.attainment) < 0.01
+    pooled = replace(
+        deployment,
+        prefill=(replace(deployment.prefill[0], count=plan.copies(found)),),
+        decode=(replace(deployment.decode[0], count=plan.copies(found)),),
+    )
+    shared = simulate.judge(requests, simulate.run(pooled, requests), promise, 60, 1485)
+    assert shared.attainment > p.attainment + 0.01
 
 
 @pytest.mark.parametrize("algorithm", ["Joint", "HighAffinity"])
