@@ -118,7 +118,7 @@ def run_copies(deployment: Deployment, requests: Requests, copies: int) -> Outco
             found.last_ns,
         )
         events += found.events
-    return Outcome(*times, events)
+    return Outcome(times[0], times[1], times[2], times[3], times[4], events)
 
 
 def run_prefill(pool: Pool, requests: Requests) -> Outcome:
