@@ -7,6 +7,7 @@ transformers loads it too and can be the oracle.
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -48,6 +49,11 @@ _OPT_CHAT = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
+_QWEN_CHAT = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 _LLAMA_CHAT = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
@@ -65,8 +71,9 @@ def make_tiny(
 ) -> Path:
     """Write a tiny model of `model_id`'s architecture and context length into `folder` and return the folder.
 
-    OPT ids give OPT (FFN 4 × hidden, tied embeddings), Llama ids Llama with `heads // 2` KV heads. Same
-    arguments, same weights. A folder that already holds this very model is left as it is; several processes
+    OPT ids give OPT (FFN 4 × hidden, tied embeddings), Llama and Qwen3 ids theirs with `heads // 2` KV heads;
+    a Qwen3's heads are twice as wide as hidden / heads, and up to 4B its embeddings are tied. Same arguments,
+    same weights. A folder that already holds this very model is left as it is; several processes
     may ask at once. The special tokens' rows of the output embedding are zero, so that greedy decoding
     practically never ends by itself.
 
@@ -75,10 +82,8 @@ def make_tiny(
     if hidden % heads:
         raise TinyModelError(f"hidden {hidden} is not a multiple of heads {heads}")
     family = _family(model_id)
-    if family == "llama" and heads % 2:
-        raise TinyModelError(
-            f"heads {heads} is odd; a Llama needs an even number, for two query heads per KV head"
-        )
+    if family != "opt" and heads % 2:
+        raise TinyModelError(f"heads {heads} is odd; {model_id} needs two query heads per KV head")
     folder = Path(folder)
     recipe = {
         "model": model_id,
@@ -135,12 +140,18 @@ def _family(model_id: str) -> str:
         return "opt"
     if "llama" in name:
         return "llama"
-    raise TinyModelError(f"no tiny model for {model_id!r}: ids of OPT and Llama models are known")
+    if re.fullmatch(r"qwen3-[0-9.]+b(-base)?", name):
+        return "qwen3"
+    raise TinyModelError(
+        f"no tiny model for {model_id!r}: ids of OPT, Llama and dense Qwen3 models are known"
+    )
 
 
 def _context_length(model_id: str, family: str) -> int:
     if family == "opt":
         return 2048
+    if family == "qwen3":
+        return 40960
     name = model_id.lower()
     if any(version in name for version in ("3.1", "3.2", "3.3")):
         return 131072
@@ -156,8 +167,9 @@ _SPECIALS = {
         "<|end_header_id|>",
         "<|eot_id|>",
     ),
+    "qwen3": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
 }
-"""Special tokens in the order of their ids, from 0. As with the real OPT, a prompt begins with </s>."""
+"""Special tokens in the order of their ids, from 0. As with the real ones, OPT's prompt begins with </s> and Qwen3's with nothing."""
 
 
 def _tokenizer(family: str, specials: tuple[str, ...]) -> Tokenizer:
@@ -172,6 +184,8 @@ def _tokenizer(family: str, specials: tuple[str, ...]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_TEXT.splitlines(), trainer)
+    if family == "qwen3":
+        return tokenizer
     first = "</s>" if family == "opt" else "<|begin_of_text|>"
     tokenizer.post_processor = TemplateProcessing(
         single=f"{first} $A",
@@ -190,6 +204,13 @@ def _tokenizer_config(model_id: str, family: str) -> dict[str, Any]:
     if family == "opt":
         names = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
         return {**common, **names, "chat_template": _OPT_CHAT}
+    if family == "qwen3":
+        return {
+            **common,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "chat_template": _QWEN_CHAT,
+        }
     names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|end_of_text|>"}
     return {**common, **names, "chat_template": _LLAMA_CHAT}
 
@@ -222,25 +243,39 @@ def _config(
             "pad_token_id": 1,
             "torch_dtype": "float32",
         }
-    return {
+    own: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        "head_dim": hidden // heads,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "mlp_bias": False,
+        "bos_token_id": 0,
+        "eos_token_id": [1, 4],
+    }
+    if family == "qwen3":
+        own = {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "head_dim": 2 * hidden // heads,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": model_id.lower().removesuffix("-base").endswith(("-0.6b", "-1.7b", "-4b")),
+            "use_sliding_window": False,
+            "eos_token_id": 2,
+        }
+    return {
+        **own,
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": 3 * hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads // 2,
-        "head_dim": hidden // heads,
         "max_position_embeddings": context,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
         "vocab_size": vocab,
-        "tie_word_embeddings": False,
         "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": 0,
-        "eos_token_id": [1, 4],
         "torch_dtype": "float32",
     }
 
@@ -284,22 +319,25 @@ def _opt_weights(config: dict[str, Any], generator: np.random.Generator, special
 
 def _llama_weights(config: dict[str, Any], generator: np.random.Generator, specials: int) -> _Weights:
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    kv = config["num_key_value_heads"] * config["head_dim"]
+    kv, wide_q = (config[k] * config["head_dim"] for k in ("num_key_value_heads", "num_attention_heads"))
     wide = 3.0 / hidden**0.5
     head = _normal(generator, vocab, hidden, std=0.5)
     head[:specials] = 0.0
     weights: _Weights = {
         "model.embed_tokens.weight": _normal(generator, vocab, hidden, std=0.5),
         "model.norm.weight": 1.0 + _normal(generator, hidden, std=0.1),
-        "lm_head.weight": head,
     }
+    if config["tie_word_embeddings"]:
+        weights["model.embed_tokens.weight"][:specials] = 0.0
+    else:
+        weights["lm_head.weight"] = head
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
         shapes = {
-            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.q_proj": (wide_q, hidden),
             "self_attn.k_proj": (kv, hidden),
             "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, hidden),
+            "self_attn.o_proj": (hidden, wide_q),
             "mlp.gate_proj": (ffn, hidden),
             "mlp.up_proj": (ffn, hidden),
             "mlp.down_proj": (hidden, ffn),
@@ -308,4 +346,9 @@ def _llama_weights(config: dict[str, Any], generator: np.random.Generator, speci
             weights[f"{at}{name}.weight"] = _normal(generator, *shape, std=wide)
         for name in ("input_layernorm", "post_attention_layernorm"):
             weights[f"{at}{name}.weight"] = 1.0 + _normal(generator, hidden, std=0.1)
+        if config["model_type"] == "qwen3":
+            for name in ("q_norm", "k_norm"):
+                weights[f"{at}self_attn.{name}.weight"] = 1.0 + _normal(
+                    generator, config["head_dim"], std=0.1
+                )
     return weights

@@ -53,7 +53,7 @@ TORCH = Engine(
     handoff="pull",
     first_token_from="prefill",
     prefill_limit=None,
-    architectures=frozenset({"opt", "llama"}),
+    architectures=frozenset({"opt", "llama", "qwen3"}),
     flags=_flags(
         "--model --weights --served-name --context-length --dtype --tp --pp --pairing-key --host --port "
         "--kv-port --pace"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from disaggserve import catalogue, engines, hardware, latency, protocol, search, simulate
+from disaggserve import catalogue, engines, hardware, latency, search, simulate, wire
 from disaggserve import workload as workloads
 from disaggserve.api.errors import Fault, Infeasible, InvalidInput, InvalidManifest
 from disaggserve.api.model import seconds
@@ -30,6 +30,7 @@ from disaggserve.api.plan import (
     digest,
     words,
 )
+from disaggserve.api.plan import in_words as roles_in_words
 from disaggserve.api.spec import PodSpec, Spec
 from disaggserve.workload import Workload
 
@@ -135,7 +136,7 @@ def pairing_key(spec: Spec) -> str:
             "kvDtype": spec.model.kv_dtype,
             "blockTokens": engine.block_tokens,
             "handoff": engine.handoff,
-            "protocol": protocol.VERSION,
+            "protocol": wire.VERSION,
         }
     )[:_KEY_LENGTH]
 
@@ -597,11 +598,8 @@ def promise(spec: Spec) -> simulate.Promise:
 def in_words(plan: Plan) -> str:
     """One line: shapes, GPUs, rate and what is predicted."""
     p = plan.predicted
-    shapes = ", ".join(
-        f"{name} {words(plan.roles, name)}" for name in dict.fromkeys(r.role for r in plan.roles)
-    )
     return (
-        f"{shapes} on {plan.gpus} GPUs for {plan.rate:g} req/s, "
+        f"{roles_in_words(plan.roles)} on {plan.gpus} GPUs for {plan.rate:g} req/s, "
         f"predicted attainment {p.attainment:.1%} ({p.attainment_low:.1%} to {p.attainment_high:.1%})"
     )
 

@@ -13,9 +13,16 @@ from typing import Literal
 
 import msgspec
 
-VERSION = 1
+from disaggserve.wire import VERSION
 
 RefusalCode = Literal["expired", "pairing", "version", "malformed"]
+
+
+class Logprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Natural logarithms of tokens' shares at one place, before temperature and filters."""
+
+    chosen: float
+    top: list[tuple[int, float]]  # token id and logarithm, the likeliest first
 
 
 class Handoff(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +38,7 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True):
     generation: int  # of the blocks' allocation: blocks that were reused have another one
     pairing_key: str
     seed: int  # of sampling, drawn by the prefill worker where the client gave none
+    first_logprobs: Logprobs | None = None  # of the first token, where the client asks for them
     gpu: str = ""  # facts of a paced prefill worker, for the link's speed; "" = not paced
     rdma: bool = False
     version: int = VERSION

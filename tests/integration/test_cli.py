@@ -241,9 +241,9 @@ def test_options_replace_what_the_resource_says(tmp_path: Path) -> None:
     plan = json.loads(done.stdout)
     assert (plan["algorithm"], plan["rate"]) == ("Joint", 20)
     assert (plan["workload"]["inputMean"], plan["workload"]["outputMean"]) == (400, 100)
-    left_out = "1 of 10 requests (10.0%) are longer than the model's context of 2048 tokens and left out"
+    left_out = "1 of 10 requests (10.0%) is longer than the model's context of 2048 tokens and left out"
     assert left_out in done.stderr
-    assert left_out in plan["workload"]["source"]
+    assert plan["workload"]["source"] == f"lengths of a file: l.csv; {left_out}"
     most = json.loads(run(*given, "--rate", "max", "--max-gpus", "3", "-o", "json").stdout)
     assert most["rate"] == most["goodput"] > 1
     assert most["gpus"] <= 3
@@ -251,7 +251,8 @@ def test_options_replace_what_the_resource_says(tmp_path: Path) -> None:
     assert few.returncode == 3
     assert "maxGPUs is 2; with 2 GPUs" in few.stderr
     for options, words in (
-        (("--rate", "many"), "--rate is 'many'; give requests per second, or max"),
+        (("--rate", "many"), "--rate is 'many'; give requests per second above 0, 100,000 at most, or max"),
+        (("--rate", "1e9"), "100,000 at most"),
         (("--rate", "0"), "--rate is '0'"),
         (("--trace", lengths), "give one of them"),
     ):

@@ -999,7 +999,12 @@ def test_the_fork_server_calls_what_it_has_imported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model_id", "architecture", "context"),
-    [("facebook/opt-13b", "OPTForCausalLM", 2048), ("meta-llama/Meta-Llama-3-8B", "LlamaForCausalLM", 8192)],
+    [
+        ("facebook/opt-13b", "OPTForCausalLM", 2048),
+        ("meta-llama/Meta-Llama-3-8B", "LlamaForCausalLM", 8192),
+        ("Qwen/Qwen3-8B", "Qwen3ForCausalLM", 40960),
+        ("Qwen/Qwen3-0.6B", "Qwen3ForCausalLM", 40960),
+    ],
 )
 def test_tiny_models_are_what_transformers_loads(
     tmp_path: Path, model_id: str, architecture: str, context: int
@@ -1028,12 +1033,13 @@ def test_tiny_models_are_what_transformers_loads(
     answer = model.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)[0, len(ids) :].tolist()
     assert len(answer) == 64  # no end of sequence on the way
     assert len(set(answer)) > 8  # nor the same token again and again
-    if architecture == "LlamaForCausalLM":
+    assert model.config.tie_word_embeddings == (model_id in ("facebook/opt-13b", "Qwen/Qwen3-0.6B"))
+    if architecture != "OPTForCausalLM":
         assert model.config.num_key_value_heads < model.config.num_attention_heads
 
 
 def test_tiny_models_of_other_families_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TinyModelError, match="no tiny model for 'Qwen/Qwen3-8B'"):
-        make_tiny("Qwen/Qwen3-8B", tmp_path / "q")
+    with pytest.raises(TinyModelError, match="no tiny model for 'Qwen/Qwen3-30B-A3B'"):
+        make_tiny("Qwen/Qwen3-30B-A3B", tmp_path / "q")
     with pytest.raises(TinyModelError, match="not a multiple"):
         make_tiny("facebook/opt-13b", tmp_path / "o", hidden=30, heads=4)

@@ -13,7 +13,7 @@ import pytest
 from e2e.nodes.tiny import make_tiny
 from tests.integration.worker_pair import DECODE, PREFILL, Pair, pair
 
-MODELS = {"opt": "facebook/opt-13b", "llama": "meta-llama/Meta-Llama-3-8B"}
+MODELS = {"opt": "facebook/opt-13b", "llama": "meta-llama/Meta-Llama-3-8B", "qwen3": "Qwen/Qwen3-8B"}
 LENGTHS = (1, 2, 15, 16, 17, 40, 100, 255, 400, 700)
 CROWD = (60,) * 12  # four blocks each, and seven when they are done: together more than there are
 BLOCKS = 48

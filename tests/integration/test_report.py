@@ -102,10 +102,11 @@ def test_equal_inputs_give_equal_bytes(written: tuple[dict[str, object], str, st
     assert one == two
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_one_sentence_before_the_search(tmp_path: Path) -> None:
+    file, nodes = manifest(tmp_path / "cr.json"), cluster(tmp_path / "nodes.yaml", dgx(1))
     (tmp_path / "file").write_text("")
-    nodes = cluster(tmp_path / "c.yaml", dgx(1))
-    done = run("plan", "-f", manifest(tmp_path / "cr.json"), "--nodes", nodes, "--report", tmp_path / "file")
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"--report {tmp_path / 'file'}: ")
-    assert "Traceback" not in done.stderr
+    for folder in ("/proc/x", tmp_path / "file"):
+        done = run("plan", "-f", file, "--nodes", nodes, "--report", folder)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"--report {folder}: cannot be written")
+        assert len(done.stderr.splitlines()) == 1

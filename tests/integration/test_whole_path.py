@@ -93,7 +93,7 @@ def test_a_manifest_becomes_tokens(stack: Stack) -> None:
         ({"model": MODEL, "prompt": [5] * 3000}, 400, "2048"),
         ({"model": MODEL, "prompt": "x", "max_tokens": -1}, 400, "max_tokens"),
         (b"{", 400, "JSON"),
-        ({"model": MODEL, "prompt": "x", "logprobs": 3}, 400, "logprobs"),
+        ({"model": MODEL, "prompt": "x", "logit_bias": {"5": 1}}, 400, "logit_bias"),
     ],
 )
 def test_bad_requests_get_openais_error_shape(stack: Stack, body: Any, status: int, words: str) -> None:

@@ -17,7 +17,9 @@ from typing import Any
 import aiohttp
 
 ROOT = Path(__file__).parents[2]
-PREFILL, DECODE = "127.0.21.1", "127.0.21.2"
+# Addresses of this process alone: another run on this machine must not answer for these workers.
+_NET = f"127.{64 + os.getpid() // 256 % 128}.{os.getpid() % 256}"
+PREFILL, DECODE = f"{_NET}.1", f"{_NET}.2"
 PORT, KV_PORT = 8431, 5631
 DEADLINE_S = 60.0
 

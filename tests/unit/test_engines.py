@@ -68,8 +68,8 @@ def test_engines_by_name():
 
 
 def test_architectures():
-    assert engines.refuse_architecture(TORCH, "llama") is None
-    assert "qwen3" in (engines.refuse_architecture(TORCH, "qwen3") or "")
+    assert [engines.refuse_architecture(TORCH, a) for a in ("opt", "llama", "qwen3")] == [None] * 3
+    assert "not qwen3_moe" in (engines.refuse_architecture(TORCH, "qwen3_moe") or "")
     assert engines.refuse_architecture(VLLM, "qwen3") is None
     assert engines.refuse_architecture(VLLM, "qwen3_moe", "fp8") is None
     assert engines.refuse_architecture(TORCH, "llama", "") is None

@@ -74,6 +74,26 @@ def test_shapes_and_provenance():
     assert step_times(OPT13, H100, 1, 1).provenance.describe() == "roofline with H100 efficiency curves"
 
 
+def test_step_times_of_another_engine_than_the_one_planned_for_say_so() -> None:
+    vllm = Profile.load(PROFILES / "profiler-a100-80g.vllm.json")
+
+    def said(engine: str, profile: Profile | None = None, gpu: catalogue.GPU = A100, tp: int = 1) -> str:
+        return (
+            step_times(OPT13, gpu, tp, 1, profile, engine)
+            .provenance.describe()
+            .rpartition(", measured on ")[2]
+        )
+
+    for engine in ("torch", "vllm", "sglang"):
+        assert said(engine) == "DistServe's engine"
+    assert (said("torch", vllm), said("distserve", vllm)) == ("vllm", "vllm")
+    assert said("torch", tp=8) == "DistServe's engine", "scaled from it"
+    for own in (said("vllm", vllm), said("distserve"), said("vllm", gpu=H100)):
+        assert own.startswith(("profiler", "DistServe fit", "roofline")), "its own, or measured on none"
+    times = step_times(OPT13, A100, 1, 1, None, "vllm")
+    assert times is step_times(OPT13, A100, 1, 1, None, "vllm"), "kept, so that the kernel's tables are"
+
+
 def all_step_times():
     for model in (
         OPT13,

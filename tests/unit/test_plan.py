@@ -208,5 +208,5 @@ def test_the_dtype_of_the_spec_stands_over_the_checkpoints() -> None:
 
 def test_another_protocol_is_another_pairing_key(monkeypatch: pytest.MonkeyPatch) -> None:
     before = plan.pairing_key(spec())
-    monkeypatch.setattr("disaggserve.protocol.VERSION", 1_000)
+    monkeypatch.setattr("disaggserve.wire.VERSION", 1_000)
     assert plan.pairing_key(spec()) != before

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from disaggserve import catalogue, engines, search, simulate
+from disaggserve.api.plan import Plan, Rejected, RolePlan, in_words
 from disaggserve.cli.report import curves
+from disaggserve.search.mixed import Mixed
 from disaggserve.simulate import Deployment, Promise
 from disaggserve.workload import Workload, preset
 
@@ -37,6 +39,19 @@ def test_the_parts_of_a_request_are_its_whole_time(engine: str) -> None:
     assert not parts[2:][:, ~moved].any()
     if engine == "torch":
         assert np.allclose(parts[:2].sum(axis=0), (outcome.first_ns - requests.arrival_ns) / 1e9, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [None, 512])
+def test_a_colocated_runner_up_is_read_as_it_is_named(chunk: int | None) -> None:
+    mixed = Mixed(A100, search.Shape(2, 1), ((3, chunk),))
+    role = RolePlan(role="mixed", count=3, tp=2, pp=1, chunk=chunk)
+    assert in_words((role,)) == str(mixed), "the plan and the rejected call one thing by one name"
+    plan = Plan.model_construct(roles=(), rejected=(Rejected(what=str(mixed), reason="slower"),))
+    ((name, found, why),) = curves._runners_up(plan)
+    assert (name, found.roles, why) == ("colocated", (role,), "slower")
+    pools = Mixed(A100, search.Shape(2, 1), ((2, 2048), (1, 256)))
+    two = (RolePlan(role="mixed", count=n, tp=2, pp=1, chunk=c) for n, c in pools.parts)
+    assert in_words(tuple(two)) == str(pools) == "mixed 2×tp2 with chunks of 2048 + 1×tp2 with chunks of 256"
 
 
 def test_goodput_by_promise_is_where_attainment_falls_through_the_target() -> None:

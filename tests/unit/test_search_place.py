@@ -15,7 +15,7 @@ from disaggserve.search.goodputs import bound_per_gpu
 from disaggserve.search.high_affinity import Counts, plans
 from disaggserve.search.low_affinity import pairs
 from disaggserve.search.ranking import ranked
-from disaggserve.search.shapes import shapes
+from disaggserve.search.shapes import Refused, shapes, summary
 
 A100 = catalogue.gpu("A100-80G")
 H100 = catalogue.gpu("H100")
@@ -191,9 +191,9 @@ def test_memory_engine_nodes_and_affinity():
     e = infeasible(model="facebook/opt-175b", where=nodes(gpu=catalogue.gpu("L40S"), nvlink=False))
     assert e.limit == "Memory"
     assert "GB per GPU" in str(e)
-    e = infeasible(model="Qwen/Qwen3-8B", promise=CHAT_66B)
+    e = infeasible(model="mistralai/Mixtral-8x7B-v0.1", promise=CHAT_66B)
     assert e.limit == "Engine"
-    assert "not qwen3" in str(e)
+    assert "not mixtral" in str(e)
     refused = tuple(Refusal(f"n{i}", "it is cordoned") for i in range(5))
     with pytest.raises(
         Infeasible, match=r"none of 5 nodes can be used: n0: it is cordoned.*and 2 more"
@@ -262,6 +262,23 @@ def test_shapes_without_a_profile_are_all_that_fit_the_engine():
     )
     assert all(s.tp == 1 for s in tried)
     assert {r.limit for r in refused} == {"Nodes"}
+
+
+def test_one_reason_for_many_shapes_holds_of_each():
+    p = problem(model="facebook/opt-175b")
+    _, refused = shapes(p.model, A100, engines.VLLM, "decode", nodes(), p.workload.lengths)
+    full = [r for r in refused if r.limit == "Memory"]
+    assert len({r.reason for r in full}) > 1
+    memory, engine = summary(refused)
+    least = min(p.model.weight_bytes(*r.shape) for r in full)
+    assert memory.reason.startswith(f"weights take at least {least / 1e9:.1f} GB per GPU, A100-80G has ")
+    assert engine.reason.endswith("this decode has pp 2 (tp3pp2; the others alike)")
+    assert summary(full[:1])[0].reason == full[0].reason
+    # Some have no room for the weights, others too little beside them: the most that fits holds of both.
+    roomy = dataclasses.replace(full[-1].full, weights=10**9, tokens=64)
+    mixed = [full[0], Refused("decode", Shape(8, 1), "Memory", roomy.words(), roomy)]
+    said = "beside weights of at least 1.0 GB per GPU, KV of at most 64 tokens fits A100-80G; the longest"
+    assert summary(mixed)[0].reason.startswith(said)
 
 
 def test_what_the_engine_refuses_stands_among_the_rejected():

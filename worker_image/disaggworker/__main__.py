@@ -1,4 +1,4 @@
-"""`disaggworker prefill|decode|router|fetch …`: the data plane's processes."""
+"""`disaggworker prefill|decode|router|fetch|profile …`: the data plane's processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from disaggworker.errors import StartError, WorkerError
 
-_USAGE = "usage: disaggworker prefill|decode|router|fetch [flags]; each knows --help"
+_USAGE = "usage: disaggworker prefill|decode|router|fetch|profile [flags]; each knows --help"
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
 _FILES += ["special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"]
@@ -31,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
                 return int(run_router(argv) or 0)
             case "fetch":
                 return fetch(argv[1:])
+            case "profile":
+                from disaggworker.profiling.main import run as run_profile
+
+                return run_profile(argv[1:])
             case _:
                 print(_USAGE, file=sys.stderr)
                 return 0 if command in ("-h", "--help") else 2

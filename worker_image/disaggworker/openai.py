@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
-from disaggworker.engine.sequence import Sampling
+from disaggworker.engine.sequence import Sampling, Token
 from disaggworker.errors import RequestError
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # field: values that ask for nothing
     "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (),
     "echo": (False,),
     "suffix": ("",),
@@ -27,6 +26,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "tools": ([],),
 }
+
+_MOST_LOGPROBS = 20  # beside the chosen token's, as in OpenAI's chat and vLLM
 
 _encode = msgspec.json.Encoder().encode
 
@@ -45,6 +46,18 @@ class Ask:
     stream: bool
     include_usage: bool
     token_ids: bool
+
+
+class Piece(NamedTuple):
+    """One token of an answer, and what it shows; `offset`: where in the answer's text it begins."""
+
+    token: Token
+    text: str
+    offset: int
+    finish: str | None
+
+
+Spelling = Callable[[int], bytes]  # of a token on its own; a special token's name
 
 
 def read(data: bytes, *, chat: bool) -> Ask:
@@ -80,12 +93,14 @@ def read(data: bytes, *, chat: bool) -> Ask:
         params=params,
         max_tokens=max_tokens,
         stops=_stops(client.get("stop")),
-        seed=_integer(body, "seed", None, None),
+        seed=_integer(body, "seed", None, -(2**63), 2**63 - 1),
         sampling=Sampling(
             temperature=_number(body, "temperature", 1.0, 0.0, 100.0),
             top_p=_number(body, "top_p", 1.0, 0.0, 1.0),
             top_k=max(0, top_k),
             ignore_eos=_flag(body, "ignore_eos"),
+            stop_ids=_stop_ids(body.get("stop_token_ids")),
+            logprobs=_logprobs(body, chat),
         ),
         stream=_flag(body, "stream"),
         include_usage=_flag(options, "include_usage"),
@@ -93,14 +108,17 @@ def read(data: bytes, *, chat: bool) -> Ask:
     )
 
 
-def _integer(body: dict[str, Any], field: str, default: int | None, least: int | None) -> int | None:
+def _integer(
+    body: dict[str, Any], field: str, default: int | None, least: int, most: int | None = None
+) -> int | None:
     value = body.get(field)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-        bound = "" if least is None else f" of at least {least}"
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if not whole or (most is not None and value > most):
+        bound = f" of at least {least}" if most is None else f" from {least} to {most}"
         raise RequestError(f"{field} must be an integer{bound}, not {value!r}.", param=field)
-    return value
+    return int(value)
 
 
 def _number(body: dict[str, Any], field: str, default: float, low: float, high: float) -> float:
@@ -129,6 +147,29 @@ def _stops(value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
+def _stop_ids(value: Any) -> frozenset[int]:
+    ids = value or []
+    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+        raise RequestError("stop_token_ids must be a list of token ids.", param="stop_token_ids")
+    return frozenset(ids)
+
+
+def _logprobs(body: dict[str, Any], chat: bool) -> int | None:
+    """completions: `logprobs` N; chat: `logprobs` true and `top_logprobs` N."""
+    field = "top_logprobs" if chat else "logprobs"
+    count = _integer(body, field, None, 0, _MOST_LOGPROBS)
+    if not chat:
+        if body.get("top_logprobs"):
+            raise RequestError(
+                "top_logprobs is chat's; a completion takes the number as logprobs.", param="top_logprobs"
+            )
+        return count
+    asked = _flag(body, "logprobs")
+    if count and not asked:
+        raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
+    return (count or 0) if asked else None
+
+
 def error(message: str, status: int, param: str | None = None, code: str | None = None) -> bytes:
     """OpenAI's error body."""
     kind = "invalid_request_error" if status < 500 else "server_error"
@@ -145,18 +186,22 @@ def answer(
     identity: str,
     created: int,
     model: str,
+    pieces: Sequence[Piece],
+    spelling: Spelling,
     *,
-    text: str,
-    tokens: list[int],
-    finish: str | None,
     prompt_tokens: int,
     more: dict[str, Any] | None = None,
 ) -> bytes:
     """A whole answer."""
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
+    text = "".join(piece.text for piece in pieces)
+    choice: dict[str, Any] = {
+        "index": 0,
+        "logprobs": logprobs(ask, pieces, spelling),
+        "finish_reason": pieces[-1].finish,
+    }
     choice |= {"message": {"role": "assistant", "content": text}} if ask.chat else {"text": text}
     if ask.token_ids:
-        choice["token_ids"] = tokens
+        choice["token_ids"] = [piece.token.id for piece in pieces]
     return _encode(
         {
             "id": identity,
@@ -164,31 +209,71 @@ def answer(
             "created": created,
             "model": model,
             "choices": [choice],
-            "usage": usage(prompt_tokens, len(tokens)),
+            "usage": usage(prompt_tokens, len(pieces)),
             **(more or {}),
         }
     )
 
 
+def logprobs(ask: Ask, pieces: Sequence[Piece], spelling: Spelling) -> dict[str, Any] | None:
+    """A choice's `logprobs`, None where none are asked for.
+
+    A completion's `top_logprobs` hold the chosen token too, so up to one more than asked for; of tokens that spell
+    alike the chosen one, else the likeliest, is in them.
+    """
+    found = [(piece, said) for piece in pieces if (said := piece.token.logprobs)]
+    if ask.sampling.logprobs is None:
+        return None
+
+    def entry(token: int, value: float) -> dict[str, Any]:
+        spelt = spelling(token)
+        return {"token": spelt.decode(errors="replace"), "logprob": value, "bytes": list(spelt)}
+
+    def name(token: int) -> str:
+        return spelling(token).decode(errors="replace")
+
+    if ask.chat:
+        content = [
+            {**entry(piece.token.id, said.chosen), "top_logprobs": [entry(*pair) for pair in said.top]}
+            for piece, said in found
+        ]
+        return {"content": content, "refusal": None}
+    tops: list[dict[str, float]] = []
+    for piece, said in found:
+        tops.append({name(piece.token.id): said.chosen})
+        for token, value in said.top:
+            tops[-1].setdefault(name(token), value)
+    return {
+        "text_offset": [piece.offset for piece, _ in found],
+        "token_logprobs": [said.chosen for _, said in found],
+        "tokens": [name(piece.token.id) for piece, _ in found],
+        "top_logprobs": tops,
+    }
+
+
 class Frames:
     """SSE frames of one answer. What does not change from token to token is written once."""
 
-    def __init__(self, ask: Ask, identity: str, created: int, model: str) -> None:
+    def __init__(self, ask: Ask, identity: str, created: int, model: str, spelling: Spelling) -> None:
+        self._ask, self._spelling = ask, spelling
         kind = "chat.completion.chunk" if ask.chat else "text_completion"
         head = _encode({"id": identity, "object": kind, "created": created, "model": model})[:-1]
         self._usage = b"data: " + head + b',"choices":[],"usage":%s}\n\n'
         self._usage = self._usage if ask.include_usage else b""
         text = b'"delta":{"content":%s}' if ask.chat else b'"text":%s'
         head = head.replace(b"%", b"%%")
-        self._frame = b"data: " + head + b',"choices":[{"index":0,' + text + b',"logprobs":null'
-        self._frame += b',"finish_reason":%s%s}]}\n\n'
+        self._frame = b"data: " + head + b',"choices":[{"index":0,' + text
+        self._frame += b',"logprobs":%s,"finish_reason":%s%s}]}\n\n'
         self._ids = ask.token_ids
 
-    def token(self, text: str, token: int, finish: str | None) -> bytes:
+    def token(self, piece: Piece) -> bytes:
         """The frame of one token."""
-        ids = b',"token_ids":[%d]' % token if self._ids else b""
-        reason = b'"%s"' % finish.encode() if finish else b"null"
-        return self._frame % (_encode(text), reason, ids)
+        said = b"null"
+        if piece.token.logprobs:
+            said = _encode(logprobs(self._ask, [piece], self._spelling))
+        ids = b',"token_ids":[%d]' % piece.token.id if self._ids else b""
+        reason = b'"%s"' % piece.finish.encode() if piece.finish else b"null"
+        return self._frame % (_encode(piece.text), said, reason, ids)
 
     def end(self, prompt: int, completion: int) -> bytes:
         """The frames after the last token."""

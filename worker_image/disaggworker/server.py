@@ -21,7 +21,8 @@ from aiohttp import web
 from tokenizers import Tokenizer
 
 from disaggserve import metric_names as names
-from disaggserve.protocol import VERSION, Handoff, Layout
+from disaggserve.protocol import Handoff, Layout
+from disaggserve.wire import VERSION
 from disaggworker import config as configuration
 from disaggworker import openai
 from disaggworker.chat import ChatTemplate
@@ -29,10 +30,10 @@ from disaggworker.config import Config
 from disaggworker.engine.detokenize import TextStream, token_bytes
 from disaggworker.engine.engine import Engine, Event
 from disaggworker.engine.scheduler import Scheduler
-from disaggworker.engine.sequence import Sequence
+from disaggworker.engine.sequence import Sequence, Token
 from disaggworker.errors import RequestError, StartError, TransferError
 from disaggworker.kv.blocks import BLOCK_TOKENS, BlockManager, blocks_for
-from disaggworker.kv.pool import Pool
+from disaggworker.kv.pool import Pool, blocks_in_memory
 from disaggworker.kv.pull import KVClient
 from disaggworker.kv.serve import KVServer
 from disaggworker.metrics import CONTENT_TYPE, Metrics
@@ -40,8 +41,6 @@ from disaggworker.model.load import Model, load
 from disaggworker.pace import Pace
 
 _BATCH_TOKENS = 512  # L_m where no pace says another
-_CPU_POOL_BYTES = 1 << 30  # KV memory on a CPU where nobody says how many blocks
-_GPU_SHARE = 0.9  # of the memory that is free after the weights
 _BODY_BYTES = 32 << 20
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -60,13 +59,7 @@ def total_blocks(config: Config, pace: Pace | None, model: Model) -> int:
         return config.kv_blocks
     if pace:
         return pace.blocks
-    size = 2 * model.layers * model.kv_heads * model.head_dim * BLOCK_TOKENS * model.dtype.itemsize
-    room = _CPU_POOL_BYTES
-    if model.device.type == "cuda":
-        room = int(_GPU_SHARE * torch.cuda.mem_get_info()[0])
-    if not room // size:
-        raise StartError(f"No memory is left for a KV block of {size} bytes beside the weights.")
-    return room // size
+    return blocks_in_memory(model.layers, model.kv_heads, model.head_dim, model.dtype, model.device)
 
 
 class Worker:
@@ -257,6 +250,10 @@ class Worker:
         given = request.headers.get("X-Request-Id") or uuid.uuid4().hex
         return ("chatcmpl-" if ask.chat else "cmpl-") + given
 
+    def _spelling(self, token: int) -> bytes:
+        spelt = self._bytes[token] if token < len(self._bytes) else b""
+        return spelt or (self._tokenizer.id_to_token(token) or "").encode()
+
     def _prompt(self, ask: openai.Ask) -> list[int]:
         if ask.chat:
             text = self._template.render(ask.body.get("messages"))
@@ -304,9 +301,9 @@ class Worker:
             )
         prompt = self._prompt(ask)
         seed = ask.seed if ask.seed is not None else secrets.randbits(62)
-        first: asyncio.Future[tuple[int, str | None]] = self._loop.create_future()
+        first: asyncio.Future[tuple[Token, str | None]] = self._loop.create_future()
 
-        def on_token(token: int, finish: str | None) -> None:
+        def on_token(token: Token, finish: str | None) -> None:
             if not first.done():
                 first.set_result((token, finish))
 
@@ -322,23 +319,19 @@ class Worker:
             engine.post(lambda: self._drop(sequence))
             raise
         handoff, generation = self._handoffs.pop(sequence, ("", 0))
-        stream = TextStream(self._bytes, ask.stops)
-        text = stream.push(token)
-        if stream.stopped:
-            finish = "stop"
-            if handoff:
-                self._kv_server.drop(handoff)
-        elif finish:
-            text += stream.finish()
+        piece = _shown(TextStream(self._bytes, ask.stops), token, finish)
+        if piece.finish and handoff:
+            self._kv_server.drop(handoff)
         metrics = self.metrics
         metrics.ttft.observe(sequence.first_token_s - sequence.arrived_s)
         metrics.queue.observe(sequence.scheduled_s - sequence.arrived_s)
         metrics.prefill.observe(sequence.first_token_s - sequence.scheduled_s)
         metrics.prompt_tokens.observe(len(prompt))
         given = Handoff(
-            done=finish is not None,
-            first_token_id=token,
-            text=text,
+            done=piece.finish is not None,
+            first_token_id=token.id,
+            first_logprobs=token.logprobs,
+            text=piece.text,
             prompt_tokens=len(prompt),
             host=config.pod_ip,
             port=config.kv_port,
@@ -354,9 +347,8 @@ class Worker:
             self._identity(request, ask),
             int(time.time()),
             config.served_name,
-            text=text,
-            tokens=[token],
-            finish=finish,
+            [piece],
+            self._spelling,
             prompt_tokens=len(prompt),
             more={"kv_transfer_params": msgspec.to_builtins(given)},
         )
@@ -386,7 +378,12 @@ class Worker:
             raise RequestError(
                 "Nothing is left to decode: the first token ends this request.", param="kv_transfer_params"
             )
-        reply = _Reply(self._bytes, ask, handoff.first_token_id)
+        if ask.sampling.logprobs is not None and handoff.first_logprobs is None:
+            raise RequestError(
+                "kv_transfer_params lacks the first token's logprobs: prefill was not asked for them.",
+                param="kv_transfer_params",
+            )
+        reply = _Reply(self._bytes, ask, Token(handoff.first_token_id, handoff.first_logprobs))
         admitted: asyncio.Future[None] = self._loop.create_future()
 
         def admit() -> None:
@@ -406,7 +403,7 @@ class Worker:
             await self._pull(handoff, sequence, admitted)
             identity, created = self._identity(request, ask), int(time.time())
             if ask.stream:
-                frames = openai.Frames(ask, identity, created, self.config.served_name)
+                frames = openai.Frames(ask, identity, created, self.config.served_name, self._spelling)
                 return await self._stream(request, reply, frames, handoff)
             while not reply.finish:
                 await reply.wait()
@@ -415,9 +412,8 @@ class Worker:
                 identity,
                 created,
                 self.config.served_name,
-                text=reply.text,
-                tokens=reply.tokens,
-                finish=reply.finish,
+                reply.pieces,
+                self._spelling,
                 prompt_tokens=handoff.prompt_tokens,
             )
             return web.Response(body=body, content_type="application/json")
@@ -425,7 +421,7 @@ class Worker:
             # Ended or not: a stop string ends what the engine would go on with, and so does a client that left.
             engine.abort(sequence)
             if reply.finish:
-                self._observe(sequence, len(reply.tokens))
+                self._observe(sequence, reply.tokens)
 
     def _observe(self, sequence: Sequence, tokens: int) -> None:
         metrics = self.metrics
@@ -507,9 +503,9 @@ class Worker:
         await response.prepare(request)
         while not reply.finish:
             await reply.wait()
-            data = b"".join([frames.token(*part) for part in reply.take()])
+            data = b"".join([frames.token(piece) for piece in reply.take()])
             if reply.finish:
-                data += frames.end(handoff.prompt_tokens, len(reply.tokens))
+                data += frames.end(handoff.prompt_tokens, reply.tokens)
             await response.write(data)
         await response.write_eof()
         return response
@@ -579,43 +575,48 @@ class Worker:
         return web.json_response({"object": "list", "data": [card]})
 
 
+def _shown(stream: TextStream, token: Token, finish: str | None) -> openai.Piece:
+    """What one more token shows. The engine's own "stop" is a token's, whose text is no part of the answer."""
+    offset = stream.length
+    text = "" if finish == "stop" else stream.push(token.id)
+    if stream.stopped:
+        finish = "stop"
+    elif finish:
+        text += stream.finish()
+    return openai.Piece(token, text, offset, finish)
+
+
 class _Reply:
     """A decode answer as it grows, on the event loop. It begins with the prefill worker's token."""
 
-    def __init__(self, table: list[bytes], ask: openai.Ask, first_token: int) -> None:
+    def __init__(self, table: list[bytes], ask: openai.Ask, first: Token) -> None:
         self._stream = TextStream(table, ask.stops)
-        self._parts: list[tuple[str, int, str | None]] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._keep = not ask.stream
-        self.tokens = [first_token]
-        self.text = self._stream.push(first_token)
+        begun = _shown(self._stream, first, None)
+        # The router has streamed the first token.
+        self.pieces = [] if ask.stream else [begun]
+        self._streams = ask.stream
+        self.tokens = 1
         self.finish: str | None = None
 
-    def on_token(self, token: int, finish: str | None) -> None:
+    def on_token(self, token: Token, finish: str | None) -> None:
         """One more token; none after the last."""
         if self.finish:
             return
-        self.tokens.append(token)
-        text = self._stream.push(token)
-        if self._stream.stopped:
-            finish = "stop"
-        elif finish:
-            text += self._stream.finish()
-        self.finish = finish
-        if self._keep:
-            self.text += text
-        else:
-            self._parts.append((text, token, finish))
+        piece = _shown(self._stream, token, finish)
+        self.tokens += 1
+        self.finish = piece.finish
+        self.pieces.append(piece)
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def wait(self) -> None:
         """Until there is something to take, or the end."""
-        if not self._parts and not self.finish:
+        if not (self._streams and self.pieces) and not self.finish:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
 
-    def take(self) -> list[tuple[str, int, str | None]]:
-        """Text, token and finish reason of what came since the last time."""
-        parts, self._parts = self._parts, []
-        return parts
+    def take(self) -> list[openai.Piece]:
+        """What came since the last time."""
+        pieces, self.pieces = self.pieces, []
+        return pieces

@@ -14,6 +14,7 @@ from pydantic import Field
 from disaggserve.api.model import ApiModel, Rule
 
 RoleName = Literal["prefill", "decode", "mixed"]
+Kind = Literal[RoleName, "colocated"]
 Text = Annotated[str, Field(max_length=1024)]
 Name = Annotated[str, Field(max_length=253)]
 
@@ -63,7 +64,11 @@ class RolePlan(ApiModel):
 
     def words(self) -> str:
         shape = f"{self.count}×tp{self.tp}" + (f"pp{self.pp}" if self.pp > 1 else "")
-        return shape + (f" (chunk {self.chunk})" if self.chunk else "")
+        return shape + (f" with {self.prompts()}" if self.role == "mixed" else "")
+
+    def prompts(self) -> str:
+        """How mixed instances take prompts: `whole prompts`, `chunks of 512`."""
+        return f"chunks of {self.chunk}" if self.chunk else "whole prompts"
 
 
 class Percentiles(ApiModel):
@@ -183,7 +188,7 @@ class Plan(ApiModel):
     roles: tuple[RolePlan, ...] = Field(max_length=16, description="Shapes, counts and nodes by role.")
     prefill: Text = Field(default="", description="Prefill in short. Example: 1×tp2.")
     decode: Text = Field(default="", description="Decode in short. Example: 1×tp1.")
-    mixed: Text = Field(default="", description="Mixed in short. Example: 3×tp2 (chunk 2048).")
+    mixed: Text = Field(default="", description="Mixed in short. Example: 3×tp2 with chunks of 2048.")
     bottleneck: Text = Field(
         default="", description="What binds each role. Example: prefill: TTFT; decode: KV memory."
     )
@@ -259,6 +264,17 @@ class Commit(ApiModel):
 def words(roles: tuple[RolePlan, ...], name: RoleName) -> str:
     """`2×tp1 + 1×tp2` for one role; empty when it has none."""
     return " + ".join(r.words() for r in roles if r.role == name)
+
+
+def kind(roles: tuple[RolePlan, ...], name: RoleName) -> Kind:
+    """A role as people call it: mixed instances that all take prompts alike keep their requests, and are colocated."""
+    return "colocated" if name == "mixed" and len({r.chunk for r in roles if r.role == name}) == 1 else name
+
+
+def in_words(roles: tuple[RolePlan, ...]) -> str:
+    """All roles, as the rejected are named: `prefill 1×tp2, decode 1×tp1`, `colocated 3×tp1 with chunks of 512`."""
+    names = dict.fromkeys(r.role for r in roles)
+    return ", ".join(f"{kind(roles, name)} {words(roles, name)}" for name in names)
 
 
 def digest(value: object) -> str:

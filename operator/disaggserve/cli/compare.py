@@ -10,14 +10,15 @@ from rich.markup import escape
 from disaggserve.api.errors import InvalidInput
 from disaggserve.cli import show, traffic
 from disaggserve.cli.subject import Subject
-from disaggserve.cli.traffic import Judged, Traffic
+from disaggserve.cli.traffic import Goodput, Judged, Traffic
 
 
 def run(subjects: Sequence[Subject], given: traffic.Given, goodput: bool, output: str) -> None:
     if len(subjects) < 2:
-        raise InvalidInput(f"{len(subjects)} plans and shapes to compare; give at least two")
+        found = "only one plan or shape" if subjects else "no plan or shape"
+        raise InvalidInput(f"there is {found} to compare; give at least two")
     sent = traffic.load(given, min(s.context_length for s in subjects))
-    rows: list[tuple[Subject, Judged, float | None]] = []
+    rows: list[tuple[Subject, Judged, Goodput | None]] = []
     for n, subject in enumerate(subjects, 1):
         with show.busy(f"simulating {n} of {len(subjects)}"):
             judged = traffic.send(subject, sent)
@@ -28,7 +29,7 @@ def run(subjects: Sequence[Subject], given: traffic.Given, goodput: bool, output
         show.dump(_values(sent, rows), output)
 
 
-def _values(sent: Traffic, rows: Sequence[tuple[Subject, Judged, float | None]]) -> dict[str, Any]:
+def _values(sent: Traffic, rows: Sequence[tuple[Subject, Judged, Goodput | None]]) -> dict[str, Any]:
     return {
         "rate": show.figure(sent.rate),
         "leftOut": sent.left_out,
@@ -37,7 +38,7 @@ def _values(sent: Traffic, rows: Sequence[tuple[Subject, Judged, float | None]])
                 "name": subject.name,
                 "gpus": subject.gpus,
                 **show.attained(judged.prediction),
-                **({} if goodput is None else {"goodput": show.figure(goodput, 4)}),
+                **({} if goodput is None else {"goodput": show.figure(goodput.rate, 4)}),
                 "latencySource": subject.latency_source,
                 "digest": judged.digest,
             }
@@ -46,7 +47,13 @@ def _values(sent: Traffic, rows: Sequence[tuple[Subject, Judged, float | None]])
     }
 
 
-def _table(sent: Traffic, rows: Sequence[tuple[Subject, Judged, float | None]]) -> None:
+def _goodput(found: Goodput, target: float) -> str:
+    return (
+        f"none: {found.unloaded:.1%} even without load" if found.unloaded < target else show.rate(found.rate)
+    )
+
+
+def _table(sent: Traffic, rows: Sequence[tuple[Subject, Judged, Goodput | None]]) -> None:
     with_goodput = rows[0][2] is not None
     table = show.table(
         "",
@@ -64,7 +71,7 @@ def _table(sent: Traffic, rows: Sequence[tuple[Subject, Judged, float | None]]) 
             show.share(p),
             ", ".join(map(show.duration, p.ttft)),
             ", ".join(map(show.duration, p.tpot)),
-            *([show.rate(goodput)] if with_goodput else []),
+            *([] if goodput is None else [_goodput(goodput, subject.promise.attainment)]),
         )
     show.out(f"{rows[0][1].prediction.requests} requests at {show.rate(sent.rate)}, simulated")
     show.out(table)

@@ -39,7 +39,8 @@ GpuOption = Annotated[
 EngineOption = Annotated[
     EngineName | None,
     typer.Option(
-        "--engine", help="With a shape; default: the engine that the profile was measured on, or torch."
+        "--engine",
+        help="With a shape; default: the engine that the --profile was measured on, without one torch on the shipped fits.",
     ),
 ]
 LinkOption = Annotated[

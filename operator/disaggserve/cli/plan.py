@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from disaggserve.api.errors import InvalidInput
 from disaggserve.api.spec import Spec
 from disaggserve.cli import show
 from disaggserve.cli.files import objects, one
+from disaggserve.cli.traffic import over_context
 from disaggserve.cluster import searching
 from disaggserve.workload import Workload
 
@@ -54,6 +54,10 @@ def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path |
         resolution=plan.Options.resolution if replacing.resolution is None else replacing.resolution,
     )
     facts = read_facts(nodes)
+    if page is not None:
+        from disaggserve.cli import report  # takes a while to load, and few ask for it
+
+        report.prepare(page)
     with show.busy("searching"):
         draft = searching.draft(spec, facts, expected, (), options)
     if output == "table":
@@ -61,8 +65,6 @@ def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path |
     else:
         show.dump(draft.plan.model_dump(mode="json", exclude_none=True), output)
     if page is not None:
-        from disaggserve.cli import report  # takes a while to load, and few ask for it
-
         traffic_planned = replace(expected or plan.expected(spec), rate=draft.plan.rate)
         report.write(page, report.Asked(spec, facts, traffic_planned, options), draft)
 
@@ -112,7 +114,7 @@ def _rate(text: str | None) -> float | None:
     except ValueError:
         rate = math.nan
     if not 0 < rate <= 100_000:
-        raise InvalidInput(f"--rate is {text!r}; give requests per second, or max")
+        raise InvalidInput(f"--rate is {text!r}; give requests per second above 0, 100,000 at most, or max")
     return rate
 
 
@@ -128,8 +130,9 @@ def traffic(spec: Spec, replacing: Replacing) -> Workload | None:
     if replacing.lengths:
         table = workload.read_lengths(replacing.lengths)
         lengths, out = table.within(context)
-        said = _left_out(replacing.lengths, out, len(table), context)
-        return Workload(spec.workload.rate, 1.0, lengths, f"{replacing.lengths.name}{said}")
+        said = over_context(replacing.lengths, out, len(table), context)
+        named = replace(lengths, name=f"{replacing.lengths.name}{said}")
+        return Workload(spec.workload.rate, 1.0, named, "lengths of a file")
     if replacing.trace is None:
         return None
     engine = engines.engine(spec.engine.type)
@@ -141,21 +144,9 @@ def traffic(spec: Spec, replacing: Replacing) -> Workload | None:
     if not engine.prefix_cache:
         whole = replace(whole, cached=None)
     requests, out = whole.within(context)
-    said = _left_out(replacing.trace, out, len(whole), context)
+    said = over_context(replacing.trace, out, len(whole), context)
     if share := requests.cached_share():
         said += f"; {share:.0%} of the prompt tokens found in a prefix cache"
     found = workload.from_trace(requests, f"{replacing.trace.name}, its own arrivals{said}")
     rate = _rate(replacing.rate)
     return replace(found, rate=rate) if rate else found
-
-
-def _left_out(path: Path, out: int, of: int, context: int) -> str:
-    """What to say of requests over the context, also said on stderr. Raises InvalidInput where there are no others."""
-    if not out:
-        return ""
-    longer = f"longer than the model's context of {context} tokens"
-    if out == of:
-        raise InvalidInput(f"{path}: all {of} requests are {longer}")
-    said = f"{out} of {of} requests ({out / of:.1%}) are {longer} and left out"
-    print(said, file=sys.stderr)
-    return f"; {said}"

@@ -103,6 +103,15 @@ def deployment(
     return dataclasses.replace(together, first_token_from="prefill", handoff="pull", transfer="link")
 
 
+def refuse(engine: Engine, shapes: Sequence[Shape]) -> str | None:
+    """Why no plan for the engine has these instances that prefill and decode, or None. It is simulated all the same."""
+    if all(s.role in ("prefill", "decode") for s in shapes):
+        return None
+    # Colocated instances keep their requests; mixed ones, where there are several, hand them to one another.
+    kinds = 1 if shapes[0].role == "colocated" else sum(s.count for s in shapes)
+    return engines.refuse_mixed(engine, kinds)
+
+
 def _mixed(pool: Pool, shape: Shape) -> Pool:
     """vLLM batches whole prompts, before any decode step; a chunked step takes prompts in pieces beside decode."""
     if shape.chunk is not None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from disaggserve import simulate
-from disaggserve.api.plan import Plan, Prediction, RolePlan
+from disaggserve.api.plan import Plan, Prediction, RolePlan, kind
 from disaggserve.api.spec import Spec
 from disaggserve.plan import Draft
 
@@ -53,7 +53,9 @@ def _nodes(role: RolePlan) -> str:
 def roles_table(plan: Plan) -> Table:
     table = Table("role", "instances", "shape", "GPUs", "nodes", box=None, pad_edge=False)
     for r in plan.roles:
-        table.add_row(r.role, str(r.count), f"tp {r.tp}, pp {r.pp}", str(r.gpus), _nodes(r))
+        prompts = f", {r.prompts()}" if r.role == "mixed" else ""
+        shape = f"tp {r.tp}, pp {r.pp}{prompts}"
+        table.add_row(kind(plan.roles, r.role), str(r.count), shape, str(r.gpus), _nodes(r))
     return table
 
 
@@ -70,7 +72,7 @@ def plan(spec: Spec, draft: Draft) -> None:
     _out.print()
     _out.print(
         f"{p.gpus} GPUs; goodput {p.goodput:.2f} req/s, {p.goodput_per_gpu:.2f} req/s per GPU"
-        + (f" ({p.bound_share:.0%} of the physical bound, {p.bound:.1f})" if p.bound else "")
+        + (f" ({p.bound_share:.0%} of the physical bound, {p.bound:.1f} req/s per GPU)" if p.bound else "")
     )
     _out.print(_prediction_line(p.predicted, spec.slo.attainment))
     _out.print(

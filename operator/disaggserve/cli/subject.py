@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from pydantic import ValidationError
 
 from disaggserve import catalogue, engines, latency, plan
+from disaggserve.api import plan as api
 from disaggserve.api.errors import InvalidInput
 from disaggserve.api.model import seconds
 from disaggserve.api.plan import Plan
@@ -98,7 +100,10 @@ def from_plan(path: Path, given: Given, *, among_shapes: bool = False) -> Subjec
             "engine": setting.engine,
             "gpu": [setting.gpu, setting.decode_gpu or setting.gpu],
             "link": setting.link,
-            "groups": _groups(shapes.Shape(r.role, r.count, r.tp, r.pp) for r in planned.roles),
+            "groups": _groups(
+                shapes.Shape(api.kind(planned.roles, r.role), r.count, r.tp, r.pp, r.chunk)
+                for r in planned.roles
+            ),
             "profile": profile and profile.digest,
             **({"pairs": copies} if copies > 1 else {}),
         },
@@ -151,6 +156,8 @@ def from_shape(shape: str, given: Given) -> Subject:
     if link == "nvlink" and not gpu.nvlink_bytes_s:
         raise InvalidInput(f"{gpu.product} has no NVLink; give --link pcie")
     deployment = shapes.deployment(model, engine, gpu, groups, link, profile)
+    if said := shapes.refuse(engine, groups):
+        print(f"{shape}: {said}; simulated all the same, with its other habits", file=sys.stderr)
     return Subject(
         shape,
         deployment,

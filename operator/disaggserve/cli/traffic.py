@@ -7,8 +7,9 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import typer
 
 from disaggserve import engines, simulate, workload
@@ -21,7 +22,9 @@ from disaggserve.workload import Lengths, Requests, Workload
 WARMUP_S = 60.0
 COOLDOWN_S = 15.0  # of requests after the judged ones, which would else decode on an emptying instance
 MOST = 10_000_000  # requests of one draw
-ENOUGH = 300  # requests of one run, for a goodput
+ENOUGH = 300  # requests of one run at least, for a goodput
+ALONE = 1000  # requests sent one by one, to see what is kept without load
+LONGEST_S = 1e6  # of one run; the simulator holds 13 days
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,7 @@ def _lengths(name: str, context_length: int) -> tuple[Lengths, int]:
         return workload.preset(name).scaled(1.0, context_length), 0
     whole = workload.read_lengths(name)
     table, left_out = whole.within(context_length)
-    _say_left_out(name, left_out, len(whole), context_length)
+    over_context(name, left_out, len(whole), context_length)
     return table, left_out
 
 
@@ -107,21 +110,25 @@ def trace(path: Path, cache_blocks: int | None, context_length: int) -> tuple[Re
     """The requests of a file that fit the context, and how many were left out, which is said on stderr."""
     read = workload.read_trace(path, context_length=context_length, cache_blocks=cache_blocks)
     requests, left_out = read.within(context_length)
-    if not len(requests):
-        raise InvalidInput(
-            f"{path}: every one of its {left_out} requests is longer than the context of {context_length} tokens"
-        )
-    _say_left_out(path, left_out, len(read), context_length)
+    over_context(path, left_out, len(read), context_length)
     return requests, left_out
 
 
-def _say_left_out(where: object, left_out: int, of: int, context_length: int) -> None:
-    if left_out:
-        print(
-            f"{where}: {left_out} of {of} requests ({left_out / of:.1%}) are left out: prompt and answer exceed "
-            f"the context of {context_length} tokens",
-            file=sys.stderr,
-        )
+def over_context(where: Path | str, out: int, of: int, context_length: int) -> str:
+    """What to add to a source of which so many requests are left out, also said on stderr; empty where none is.
+
+    Raises InvalidInput where there are no others.
+    """
+    if not out:
+        return ""
+    longer = f"longer than the model's context of {context_length} tokens"
+    if out == of:
+        raise InvalidInput(f"{where}: all {of} requests are {longer}")
+    share = out / of
+    digits = f"{share:.1%}" if share >= 0.001 else f"{max(share, 0.0001):.2%}"
+    said = f"{out} of {of} requests ({digits}) {'is' if out == 1 else 'are'} {longer} and left out"
+    print(f"{where}: {said}", file=sys.stderr)
+    return f"; {said}"
 
 
 def of(requests: Requests, left_out: int) -> Traffic:
@@ -170,17 +177,29 @@ def _cached_by(subject: Subject, traffic: Traffic) -> list[Requests]:
     return [dataclasses.replace(r, cached=None) for r in traffic.runs]
 
 
-def goodput(subject: Subject, traffic: Traffic, seeds: Sequence[int]) -> float:
-    """Highest rate at which the subject keeps its promise, req/s, for the same traffic come faster or slower.
+class Goodput(NamedTuple):
+    """The highest rate that keeps the promise, req/s; 0: none does. `unloaded`: attainment of requests that come alone."""
 
-    Raises `BadTrace` for a trace without a rate.
-    """
-    drawn = traffic.drawn or workload.from_trace(_cached_by(subject, traffic)[0], "trace")
+    rate: float
+    unloaded: float
+
+
+def goodput(subject: Subject, traffic: Traffic, seeds: Sequence[int]) -> Goodput:
+    """For the same traffic come faster or slower. Raises `BadTrace` for a trace without a rate."""
+    runs = _cached_by(subject, traffic)
+    drawn = traffic.drawn or workload.from_trace(runs[0], "trace")
     duration_s = traffic.end_s - traffic.begin_s
+    unloaded = _unloaded(subject, runs[0])
+    if (
+        unloaded < subject.promise.attainment
+    ):  # at rates so low that few come, chance would keep it all the same
+        return Goodput(0.0, unloaded)
 
     def attain(rate: float) -> float:
-        # At a low rate it takes longer to see enough of them.
-        end_s = WARMUP_S + max(duration_s, min(ENOUGH / rate, 3600.0))
+        # At a low rate it takes longer to see enough of them; where that is more than a run can hold, none is.
+        if ENOUGH / rate > LONGEST_S:
+            return 0.0
+        end_s = WARMUP_S + max(duration_s, ENOUGH / rate)
         at = dataclasses.replace(drawn, rate=rate)
         runs = [
             (r, simulate.run_copies(subject.deployment, r, subject.copies))
@@ -188,4 +207,12 @@ def goodput(subject: Subject, traffic: Traffic, seeds: Sequence[int]) -> float:
         ]
         return simulate.judge(*simulate.joined(runs, WARMUP_S, end_s), subject.promise).attainment
 
-    return simulate.goodput(attain, subject.promise.attainment, start=drawn.rate)
+    return Goodput(simulate.goodput(attain, subject.promise.attainment, start=drawn.rate), unloaded)
+
+
+def _unloaded(subject: Subject, requests: Requests) -> float:
+    """Attainment of the first requests of a run, each sent alone."""
+    some = requests.take(slice(0, ALONE))
+    apart_ns = np.arange(len(some), dtype=np.int64) * round(LONGEST_S / ALONE * 1e9)
+    alone = dataclasses.replace(some, arrival_ns=apart_ns)
+    return simulate.judge(alone, simulate.run(subject.deployment, alone), subject.promise).attainment

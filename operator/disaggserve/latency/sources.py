@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable
@@ -24,14 +25,27 @@ def profile_for(model: Model, gpu: GPU, profile: Profile | None = None) -> Profi
     return next((p for p in (profile, shipped_profile()) if p is not None and p.covers(model, gpu)), None)
 
 
-def step_times(model: Model, gpu: GPU, tp: int, pp: int, profile: Profile | None = None) -> StepTimes:
+def step_times(
+    model: Model, gpu: GPU, tp: int, pp: int, profile: Profile | None = None, engine: str | None = None
+) -> StepTimes:
     """Step times of one stage of the model on tp × pp GPUs of one kind.
 
     The source is `profile_for`'s. A tp that it lacks, or only copied, is the roofline × the profile's ratio at
-    the nearest measured tp, and says so. All else is roofline. Raises `BadShape`, or `FasterThanPhysics` for a
-    profile that is faster than the hardware.
+    the nearest measured tp, and says so. All else is roofline. Where the profile was measured on another engine than
+    `engine`, the one planned for, the provenance says so. Raises `BadShape`, or `FasterThanPhysics` for a profile that is
+    faster than the hardware.
     """
-    return _step_times(model, gpu, tp, pp, profile_for(model, gpu, profile))
+    source = profile_for(model, gpu, profile)
+    times = _step_times(model, gpu, tp, pp, source)
+    measured_on = source.engine if source is not None else None
+    return times if engine is None or measured_on in (None, engine) else _elsewhere(times, str(measured_on))
+
+
+@functools.lru_cache(maxsize=4096)
+def _elsewhere(times: StepTimes, engine: str) -> StepTimes:
+    """The same, saying which engine was measured."""
+    whose = "DistServe's engine" if engine == "distserve" else engine
+    return dataclasses.replace(times, provenance=dataclasses.replace(times.provenance, elsewhere=whose))
 
 
 @functools.lru_cache(maxsize=4096)

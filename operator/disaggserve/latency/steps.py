@@ -27,10 +27,11 @@ class Provenance:
     detail: str
     borrowed: bool = False  # efficiency curves of another product
     measured: bool = False  # this very tp was measured (the profile's own form carries it over to other pp)
+    elsewhere: str = ""  # the engine that was measured, where it is not the one planned for
 
     def describe(self) -> str:
         """One short phrase for people."""
-        return self.detail
+        return self.detail + (f", measured on {self.elsewhere}" if self.elsewhere else "")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -41,10 +41,9 @@ class Mixed:
         return self.count * self.shape.gpus
 
     def __str__(self) -> str:
-        if len(self.parts) == 1:
-            ((n, chunk),) = self.parts
-            return f"colocated {n}×{self.shape}, " + (f"chunks of {chunk}" if chunk else "whole prompts")
-        return "mixed " + " + ".join(f"{n}×{self.shape} with chunks of {chunk}" for n, chunk in self.parts)
+        taken = [f"chunks of {chunk}" if chunk else "whole prompts" for _, chunk in self.parts]
+        parts = [f"{n}×{self.shape} with {how}" for (n, _), how in zip(self.parts, taken, strict=True)]
+        return ("colocated " if len(parts) == 1 else "mixed ") + " + ".join(parts)
 
     def groups(self, nodes: Sequence[tuple[str, int]] = ()) -> tuple[Group, ...]:
         """One group for each chunk; `nodes` (name, instances) are dealt to them in order."""

@@ -41,7 +41,7 @@ def pool(
     """Instances of one shape. Their prefill batches hold L_m tokens, or as many as the engine says."""
     limit = engine.prefill_limit or latency.saturation_tokens(model, gpu, tp, pp, profile)
     blocks = catalogue.kv_blocks(model, gpu, tp, pp, engine.block_tokens)
-    times = latency.step_times(model, gpu, tp, pp, profile)
+    times = latency.step_times(model, gpu, tp, pp, profile, engine.name)
     return Pool(count, times, blocks, limit, batch_requests=engine.prefill_requests)
 
 

@@ -17,6 +17,28 @@ Limit = Literal["Memory", "Engine", "Nodes", "Profile"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Full:
+    """A GPU that has no room for the longest request beside the weights. Tokens are of KV."""
+
+    gpu: GPU
+    weights: int  # bytes per GPU
+    tokens: int  # that fit; 0: not even the weights do
+    longest: int  # that must
+
+    def words(self, many: bool = False) -> str:
+        """The reason; of `many` shapes, this one being the roomiest, in bounds."""
+        least, most = ("at least ", "at most ") if many else ("", "")
+        weights = f"{least}{self.weights / 1e9:.1f} GB per GPU"
+        if self.tokens == 0:
+            room = (catalogue.MEMORY_UTILISATION - catalogue.ACTIVATION_SHARE) * self.gpu.memory_bytes / 1e9
+            return f"weights take {weights}, {self.gpu.short} has {room:.1f} GB for them and KV"
+        return (
+            f"beside weights of {weights}, KV of {most}{self.tokens} tokens fits {self.gpu.short}; the longest request "
+            f"needs {self.longest}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Refused:
     """A shape that the model takes and that is not tried."""
 
@@ -24,6 +46,7 @@ class Refused:
     shape: Shape
     limit: Limit
     reason: str
+    full: Full | None = None  # of limit Memory
 
 
 def shapes(
@@ -55,11 +78,12 @@ def shapes(
         if model.shape_fault(*shape):
             continue
         blocks = catalogue.kv_blocks(model, gpu, *shape)
-        needed = -(-longest // BLOCK_TOKENS)
+        if blocks * BLOCK_TOKENS < longest:
+            full = Full(gpu, model.weight_bytes(*shape), blocks * BLOCK_TOKENS, longest)
+            refused.append(Refused(role, shape, "Memory", full.words(), full))
+            continue
         limit: Limit
-        if blocks < needed:
-            limit, reason = "Memory", _memory(model, gpu, shape, blocks, longest)
-        elif engine_says := engines.refuse_shape(engine, role, *shape):
+        if engine_says := engines.refuse_shape(engine, role, *shape):
             limit, reason = "Engine", engine_says
         elif profile is not None and shape not in profile.measured(model):
             limit, reason = "Profile", f"{profile.name} did not measure it"
@@ -75,32 +99,33 @@ def shapes(
     return tuple(tried), tuple(refused)
 
 
-def _memory(model: Model, gpu: GPU, shape: Shape, blocks: int, longest: int) -> str:
-    weights = model.weight_bytes(*shape) / 1e9
-    room = (catalogue.MEMORY_UTILISATION - catalogue.ACTIVATION_SHARE) * gpu.memory_bytes / 1e9
-    if blocks == 0:
-        return f"weights take {weights:.1f} GB per GPU, {gpu.short} has {room:.1f} GB for them and KV"
-    return (
-        f"beside weights of {weights:.1f} GB per GPU, KV of {blocks * BLOCK_TOKENS} tokens fits "
-        f"{gpu.short}; the longest request needs {longest}"
-    )
-
-
 def summary(refused: Iterable[Refused]) -> list[Rejected]:
-    """Refused shapes by role and limit, each with the reason of its first (smallest) shape.
+    """Refused shapes by role and limit (and GPU that is full), each with the reason of all its shapes.
 
     Shapes that a profile does not hold are no alternatives and are left out.
     """
-    found: dict[tuple[Role, Limit], list[Refused]] = {}
+    found: dict[tuple[Role, Limit, GPU | None], list[Refused]] = {}
     for r in refused:
         if r.limit != "Profile":
-            found.setdefault((r.role, r.limit), []).append(r)
+            found.setdefault((r.role, r.limit, r.full.gpu if r.full else None), []).append(r)
     return [
         Rejected(
             f"{role} "
             + "; ".join(str(r.shape) for r in rs[:4])
             + (f"; {len(rs) - 4} more" if len(rs) > 4 else ""),
-            rs[0].reason,
+            _reason(rs),
         )
-        for (role, _), rs in found.items()
+        for (role, *_), rs in found.items()
     ]
+
+
+def _reason(refused: list[Refused]) -> str:
+    """What holds of all of them; else that of the first (smallest), by name."""
+    first = refused[0]
+    if len({r.reason for r in refused}) == 1:
+        return first.reason
+    full = [r.full for r in refused if r.full is not None]
+    if not full:
+        return f"{first.reason} ({first.shape}; the others alike)"
+    weights, tokens = min(f.weights for f in full), max(f.tokens for f in full)
+    return dataclasses.replace(full[0], weights=weights, tokens=tokens).words(many=True)

@@ -48,11 +48,13 @@ class TextStream:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._held = ""
         self.stopped = False
+        self.length = 0  # of the text of all tokens so far, in letters: where the next one begins
 
     def push(self, token: int) -> str:
         """The text that this token adds for sure; sets `stopped` when a stop string is complete (its text is cut)."""
         data = self._table[token] if token < len(self._table) else b""
         text = self._decode(data)
+        self.length += len(text)
         return self._release(text) if self._stops else text
 
     def finish(self) -> str:

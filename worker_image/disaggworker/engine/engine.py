@@ -12,12 +12,12 @@ import torch
 
 from disaggworker.engine.sampling import choose
 from disaggworker.engine.scheduler import Scheduler
-from disaggworker.engine.sequence import Sampling, Sequence
+from disaggworker.engine.sequence import Sampling, Sequence, Token
 from disaggworker.kv.pool import DecodeAttention, Pool, PrefillAttention
 from disaggworker.model.load import Model
 from disaggworker.pace import Pace, Pipeline
 
-Event = tuple[Sequence, int, str | None]
+Event = tuple[Sequence, Token, str | None]
 
 # A step that begins this soon after the one before it was due began when that one was due: waking up late by a
 # fraction of a millisecond must not add up.
@@ -30,7 +30,7 @@ class _Step:
 
     kind: Literal["prefill", "decode"]
     batch: list[Sequence]
-    tokens: list[int]
+    tokens: list[Token]
     due_s: float
     lane: int = 0
 
@@ -124,8 +124,8 @@ class Engine:
         probe = Sequence(
             [0] * 15, sampling=Sampling(temperature=0.0), max_tokens=2, on_token=lambda _t, _f: None, kv=owned
         )
-        probe.output = self._prefill([probe])
-        self._decode([probe])
+        probe.output = [token.id for token in self.prefill([probe])]
+        self.decode([probe])
         self.scheduler.blocks.release(owned)
 
     def run(self) -> None:
@@ -189,7 +189,7 @@ class Engine:
                 if kind == "prefill"
                 else times.decode_stage_s(len(batch), sum(lengths))
             )
-        tokens = self._prefill(batch) if kind == "prefill" else self._decode(batch)
+        tokens = self.prefill(batch) if kind == "prefill" else self.decode(batch)
         done = self._clock()
         self.steps += 1
         if not self.pace:
@@ -212,7 +212,8 @@ class Engine:
                 return "decode", batch, lane
         return None
 
-    def _prefill(self, batch: list[Sequence]) -> list[int]:
+    def prefill(self, batch: list[Sequence]) -> list[Token]:
+        """Compute these sequences whole, into their blocks; the next token of each."""
         lengths = [sequence.length for sequence in batch]
         flat = [token for s in batch for part in (s.prompt, s.output) for token in part]
         device = self.model.device
@@ -222,7 +223,8 @@ class Engine:
         attention = PrefillAttention(self.pool, lengths, [s.kv.blocks for s in batch if s.kv])
         return choose(self.model.forward(tokens, positions, attention, last), batch)
 
-    def _decode(self, batch: list[Sequence]) -> list[int]:
+    def decode(self, batch: list[Sequence]) -> list[Token]:
+        """Compute the last token of each of these sequences; the next token of each."""
         lengths = [sequence.length for sequence in batch]
         device = self.model.device
         tokens = torch.tensor([sequence.output[-1] for sequence in batch], device=device)
@@ -243,14 +245,14 @@ class Engine:
             if events:
                 self._sink(events)
 
-    def _advance(self, sequence: Sequence, token: int, kind: str) -> Event | None:
+    def _advance(self, sequence: Sequence, token: Token, kind: str) -> Event | None:
         sequence.in_flight = False
         if sequence.aborted:
             self.scheduler.leave(sequence)
             return None
-        sequence.output.append(token)
-        finish = None
-        if token in self._ends and not sequence.sampling.ignore_eos:
+        sequence.output.append(token.id)
+        finish, how = None, sequence.sampling
+        if token.id in how.stop_ids or (token.id in self._ends and not how.ignore_eos):
             finish = "stop"
         elif len(sequence.output) >= sequence.max_tokens:
             finish = "length"

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
+from disaggserve.protocol import Logprobs
 from disaggworker.kv.blocks import Allocation
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. `temperature` 0 = the likeliest."""
+    """How the next token is chosen, what is said of it, and which one is the last. `temperature` 0 = the likeliest."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0 = all
     seed: int = 0
     ignore_eos: bool = False
+    stop_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None  # of the chosen token, and of so many of the likeliest; None = of none
+
+
+class Token(NamedTuple):
+    """One token of an answer."""
+
+    id: int
+    logprobs: Logprobs | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -26,7 +37,7 @@ class Sequence:
     prompt: list[int]
     sampling: Sampling
     max_tokens: int  # at least 1
-    on_token: Callable[[int, str | None], None]  # token, finish reason; called on the event loop
+    on_token: Callable[[Token, str | None], None]  # token, finish reason; called on the event loop
     output: list[int] = dataclasses.field(default_factory=list)
     kv: Allocation | None = None
     on_admitted: Callable[[], None] | None = None  # decode: `kv` is there to pull into

@@ -10,11 +10,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from disaggworker.errors import StartError
 from disaggworker.kv.blocks import BLOCK_TOKENS, blocks_for
 
 _FIRST_BLOCKS = 256
+_CPU_POOL_BYTES = 1 << 30  # KV memory on a CPU where nobody says how many blocks
+_GPU_SHARE = 0.9  # of the memory that is free after the weights
 
 Ints = NDArray[np.int64]
+
+
+def blocks_in_memory(
+    layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """KV blocks of such a model that the device has memory for, beside the weights. Raises `StartError`."""
+    size = 2 * layers * kv_heads * head_dim * BLOCK_TOKENS * dtype.itemsize
+    room = _CPU_POOL_BYTES
+    if device.type == "cuda":
+        room = int(_GPU_SHARE * torch.cuda.mem_get_info()[0])
+    if not room // size:
+        raise StartError(f"No memory is left for a KV block of {size} bytes beside the weights.")
+    return room // size
 
 
 class Pool:

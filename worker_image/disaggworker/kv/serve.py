@@ -12,6 +12,7 @@ import torch
 import zmq
 
 from disaggserve import protocol
+from disaggserve.wire import VERSION
 from disaggworker.errors import StartError
 from disaggworker.kv.blocks import BLOCK_TOKENS
 from disaggworker.kv.pool import Pool
@@ -130,8 +131,8 @@ class KVServer:
         return self._payload(ask, lease)
 
     def _refusal(self, ask: protocol.Question) -> protocol.Refused | None:
-        if ask.version != protocol.VERSION:
-            reason = f"This worker speaks version {protocol.VERSION} of the hand-off, not {ask.version}."
+        if ask.version != VERSION:
+            reason = f"This worker speaks version {VERSION} of the hand-off, not {ask.version}."
             return protocol.Refused(ask=ask.ask, code="version", reason=reason)
         if ask.pairing_key != self._key:
             reason = f"The prefill worker's pairing key is {self._key!r}, not {ask.pairing_key!r}."

@@ -1,4 +1,7 @@
-"""Llama 2 and 3: rotary positions (with Llama 3.1's scaling), RMSNorm, grouped KV heads, gated feed-forward."""
+"""Llama 2 and 3: rotary positions (with Llama 3.1's scaling), RMSNorm, grouped KV heads, gated feed-forward.
+
+Qwen3 is the same with an RMSNorm over each head's query and key before they are rotated.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ class _Layer:
     down: Affine
     attention_norm: Tensor
     ffn_norm: Tensor
+    head_norms: tuple[Tensor, Tensor] | None  # of queries and keys, `[head_dim]` each: Qwen3
 
 
 def inverse_frequencies(config: Mapping[str, Any], head_dim: int) -> Tensor:
@@ -51,9 +55,13 @@ def inverse_frequencies(config: Mapping[str, Any], head_dim: int) -> Tensor:
 
 
 class Llama:
-    """Sizes as every model here has them, and `forward`."""
+    """Sizes as every model here has them, and `forward`. Raises `StartError` for a window, which is not known."""
 
     def __init__(self, config: Mapping[str, Any], weights: Weights) -> None:
+        if config.get("use_sliding_window"):
+            raise StartError(
+                "config.json sets use_sliding_window; only attention over the whole context is known."
+            )
         self.layers = int(config["num_hidden_layers"])
         self.heads = int(config["num_attention_heads"])
         self.kv_heads = int(config.get("num_key_value_heads") or self.heads)
@@ -67,11 +75,13 @@ class Llama:
             weights.take("lm_head.weight") if not config.get("tie_word_embeddings", False) else self._tokens
         )
         self._final = weights.take("model.norm.weight")
-        self._layers = [self._layer(weights, f"model.layers.{i}.") for i in range(self.layers)]
+        head_norms = config["model_type"] == "qwen3"
+        self._layers = [self._layer(weights, f"model.layers.{i}.", head_norms) for i in range(self.layers)]
         self._frequencies = inverse_frequencies(config, self.head_dim).to(self.device)
 
     @staticmethod
-    def _layer(weights: Weights, at: str) -> _Layer:
+    def _layer(weights: Weights, at: str, head_norms: bool) -> _Layer:
+        q_norm, k_norm = f"{at}self_attn.q_norm.weight", f"{at}self_attn.k_norm.weight"
         return _Layer(
             qkv=weights.fused(*(f"{at}self_attn.{part}_proj" for part in "qkv")),
             out=weights.linear(at + "self_attn.o_proj"),
@@ -79,6 +89,7 @@ class Llama:
             down=weights.linear(at + "mlp.down_proj"),
             attention_norm=weights.take(at + "input_layernorm.weight"),
             ffn_norm=weights.take(at + "post_attention_layernorm.weight"),
+            head_norms=(weights.take(q_norm), weights.take(k_norm)) if head_norms else None,
         )
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -96,6 +107,8 @@ class Llama:
         for number, layer in enumerate(self._layers):
             h = linear(self._norm(x, layer.attention_norm), *layer.qkv)
             q, k, v = torch.split_with_sizes(h.view(-1, sum(heads), self.head_dim), heads, 1)
+            if layer.head_norms:
+                q, k = self._norm(q, layer.head_norms[0]), self._norm(k, layer.head_norms[1])
             mixed = attention(number, _rotate(q, cos, sin), _rotate(k, cos, sin), v)
             x = x + linear(mixed, *layer.out)
             gate, up = linear(self._norm(x, layer.ffn_norm), *layer.gate_up).chunk(2, -1)

@@ -33,7 +33,11 @@ class Model(Protocol):
     ) -> Tensor: ...
 
 
-_ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any], Weights], Model]] = {"opt": OPT, "llama": Llama}
+_ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any], Weights], Model]] = {
+    "opt": OPT,
+    "llama": Llama,
+    "qwen3": Llama,
+}
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

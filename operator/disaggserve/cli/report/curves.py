@@ -18,7 +18,7 @@ import numpy.typing as npt
 from disaggserve import plan as planning
 from disaggserve import search, simulate
 from disaggserve.api.errors import Infeasible
-from disaggserve.api.plan import Plan, RoleName, RolePlan
+from disaggserve.api.plan import Plan, RoleName, RolePlan, in_words
 from disaggserve.api.spec import Spec
 from disaggserve.latency import Profile, Provenance
 from disaggserve.search.predicting import FRESH_SEEDS
@@ -31,7 +31,7 @@ Algorithm = Literal["Joint", "DistServe", "HighAffinity", "LowAffinity"]
 MOST_CURVES = 5
 _SHAPE = r"(\d{1,3})×tp(\d{1,2})(?:pp(\d{1,2}))?"
 _ALTERNATIVE = re.compile(
-    rf"prefill {_SHAPE}, decode {_SHAPE}|colocated {_SHAPE}, (?:chunks of (\d{{1,5}})|whole prompts)"
+    rf"prefill {_SHAPE}, decode {_SHAPE}|colocated {_SHAPE} with (?:chunks of (\d{{1,5}})|whole prompts)"
 )
 ROLES: tuple[RoleName, ...] = ("prefill", "decode", "mixed")
 SCALES = (0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5, 1.75, 2.0)  # of both limits of the promise
@@ -206,7 +206,7 @@ def _candidates(asked: Asked, chosen: Plan, tell: Tell) -> list[Candidate]:
             continue
         plans.append((NAMES[algorithm], other, _lost(other, chosen, asked.spec.planner.algorithm)))
     for name, plan, why in plans:
-        if len(found) < MOST_CURVES and _shape(plan) not in [c.words for c in found]:
+        if len(found) < MOST_CURVES and in_words(plan.roles) not in [c.words for c in found]:
             found.append(_candidate(plan, name, why, profile))
     return found
 
@@ -248,12 +248,7 @@ def _lost(other: Plan, chosen: Plan, asked: str) -> str:
 
 def _candidate(plan: Plan, name: str, why: str, profile: Profile | None) -> Candidate:
     deployment = planning.replay(plan, profile)[0]
-    return Candidate(name, _shape(plan), plan.gpus, deployment, planning.copies(plan), why)
-
-
-def _shape(plan: Plan) -> str:
-    roles = dict.fromkeys(r.role for r in plan.roles)
-    return ", ".join(f"{role} {' + '.join(r.words() for r in plan.role(role))}" for role in roles)
+    return Candidate(name, in_words(plan.roles), plan.gpus, deployment, planning.copies(plan), why)
 
 
 # ---- attainment and goodput
@@ -367,7 +362,7 @@ def _growth(asked: Asked, tell: Tell) -> tuple[tuple[str, tuple[Step, ...]], ...
             except Infeasible as error:
                 steps.append(Step(rate, None, str(error)))
             else:
-                steps.append(Step(rate, plan.gpus, _shape(plan)))
+                steps.append(Step(rate, plan.gpus, in_words(plan.roles)))
         found.append((NAMES[algorithm], tuple(steps)))
     return tuple(found)
 
@@ -381,7 +376,7 @@ def _again(asked: Asked, tell: Tell) -> tuple[Again, ...]:
         except Infeasible as error:
             found.append(Again(scale, None, 0.0, str(error)))
         else:
-            found.append(Again(scale, plan.gpus, plan.goodput_per_gpu, _shape(plan)))
+            found.append(Again(scale, plan.gpus, plan.goodput_per_gpu, in_words(plan.roles)))
     return tuple(found)
 
 

@@ -20,7 +20,7 @@ from disaggserve.simulate import Parts
 
 # How far each source of step times can be off, where somebody has measured it (REFERENCE § 1, § 11).
 _MARGINS = {
-    "fitted": "fitted to measurements of this engine; the fit's residuals are its margin",
+    "fitted": "fitted to measurements; the fit's residuals are its margin",
     "profile": (
         "a shipped profile, fitted by others to this GPU and model; its prefill holds a factor of 1.10 set by hand by its "
         "authors, and real decode with pp above 1 ran 20 to 35 % slower than it says"
@@ -67,8 +67,8 @@ def _lead(spec: Spec, p: Plan) -> str:
 def _shape(r: RolePlan) -> str:
     gpus = r.tp * r.pp
     split = f"tp {r.tp}" + (f", pp {r.pp}" if r.pp > 1 else "")
-    chunk = f", prompts in chunks of {r.chunk} tokens" if r.chunk else ""
-    return f"{gpus} GPU{'s' * (gpus > 1)} each ({split}{chunk})"
+    prompts = f", {r.prompts()}" + " tokens" * bool(r.chunk) if r.role == "mixed" else ""
+    return f"{gpus} GPU{'s' * (gpus > 1)} each ({split}{prompts})"
 
 
 def _badges(p: Plan, refusal: str | None) -> str:
@@ -355,7 +355,7 @@ def _source(p: Plan, report: Report) -> str:
         f"Margin by chance: the attainment holds within ±{half:.1f} points at 95 %, from {a.requests:,} requests on fresh "
         "seeds. This interval holds the chance of arrivals and lengths, not an error of the step times.",
     ]
-    out += [f"Step times, {escape(x.detail)}: {_margin(x)}." for x in report.provenance]
+    out += [f"Step times, {escape(x.describe())}: {_margin(x)}." for x in report.provenance]
     if p.emulated:
         out.append(
             "<b>Emulated nodes</b>: their GPUs are simulated. Workers there compute with a tiny model and wait until the time "
@@ -366,4 +366,5 @@ def _source(p: Plan, report: Report) -> str:
 
 def _margin(x: Provenance) -> str:
     borrowed = "; the efficiency curves are another product's" if x.borrowed else ""
-    return escape(_MARGINS[x.source] + borrowed)
+    engine = "; the engine planned for has not been measured" if x.elsewhere else ""
+    return escape(_MARGINS[x.source] + borrowed + engine)

@@ -1,0 +1,109 @@
+"""What is measured, in which order, and the rows it gives. No clock, no engine, no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, Protocol
+
+COLUMNS = "phase,batch,tokens,context_tokens,tp,pp,seconds"  # of disaggserve.latency.measurements
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One step: `batch` prompts of `length` tokens, or `batch` requests that have `length` tokens in the cache."""
+
+    phase: Literal["prefill", "decode"]
+    batch: int
+    length: int
+
+    def __str__(self) -> str:
+        what = "prompt" if self.phase == "prefill" else "context"
+        requests = f"{self.batch} {what}s" if self.batch > 1 else f"one {what}"
+        return f"{self.phase} of {requests} of {self.length} tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of a step, and Σ tokens that were in the cache before it."""
+
+    seconds: float
+    context_tokens: int
+
+
+class LeftOut(Exception):
+    """This cell cannot be measured here; the message says why."""
+
+
+class Door(Protocol):
+    """A way to an engine."""
+
+    context: int  # tokens of prompt and answer together
+
+    def time(self, cell: Cell) -> Timing:
+        """One measurement. Raises `LeftOut`."""
+
+
+def cells(
+    batches: Sequence[int], prompts: Sequence[int], contexts: Sequence[int], context: int, *, batched: bool
+) -> tuple[list[Cell], list[str]]:
+    """The cells of a grid that fit a context, and a sentence for each length that does not.
+
+    Single prompts; where prefills are `batched`, also several whose Σ is no more than the longest one; every batch at
+    every context. A prompt needs room for one token of answer, a context for the step's token and the next.
+    """
+    fits = [n for n in prompts if n + 1 <= context]
+    held = [n for n in contexts if n + 2 <= context]
+    said = [
+        f"{what} of {n} tokens: beyond the context of {context}"
+        for what, given, kept in (("prompts", prompts, fits), ("contexts", contexts, held))
+        for n in given
+        if n not in kept
+    ]
+    several = [b for b in batches if b > 1] if batched else []
+    found = [Cell("prefill", b, n) for b in [1, *several] for n in fits if b == 1 or b * n <= max(fits)]
+    return found + [Cell("decode", b, n) for b in batches for n in held], said
+
+
+def measure(
+    door: Door, grid: Iterable[Cell], repeat: int, advance: Callable[[], None]
+) -> tuple[dict[Cell, Timing], list[str]]:
+    """The median of `repeat` passes over the grid, after one that is not counted; and what was left out, and why.
+
+    Whole passes, not one cell after another: what disturbs the machine for a while then falls on all cells alike.
+    `advance` is called after every measurement.
+    """
+    taken: dict[Cell, list[Timing]] = {cell: [] for cell in grid}
+    said: list[str] = []
+    for turn in range(repeat + 1):
+        for cell in list(taken):
+            try:
+                timing = door.time(cell)
+            except LeftOut as e:
+                del taken[cell]
+                said.append(f"{cell}: {e}")
+                continue
+            finally:
+                advance()
+            if turn:
+                taken[cell].append(timing)
+    return {cell: _median(timings) for cell, timings in taken.items()}, said
+
+
+def _median(timings: Sequence[Timing]) -> Timing:
+    return Timing(
+        statistics.median(t.seconds for t in timings),
+        round(statistics.mean(t.context_tokens for t in timings)),
+    )
+
+
+def table(measured: dict[Cell, Timing], tp: int, pp: int) -> str:
+    """CSV: `tokens` are those that the step works on, Σ prompt tokens or one a request."""
+    rows = [COLUMNS]
+    for cell, timing in measured.items():
+        tokens = cell.batch * (cell.length if cell.phase == "prefill" else 1)
+        rows.append(
+            f"{cell.phase},{cell.batch},{tokens},{timing.context_tokens},{tp},{pp},{timing.seconds:.9f}"
+        )
+    return "\n".join(rows) + "\n"

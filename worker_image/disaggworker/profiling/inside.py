@@ -1,0 +1,93 @@
+"""Our engine in this process: one step of it, timed.
+
+A row holds what a step of `engine.Engine` does: its inputs, the model's forward pass, attention over paged KV, and the
+choice of the next tokens, which waits for the device. It leaves out queueing, the hand-off of KV, detokenising and HTTP.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from disaggworker.engine.engine import Engine
+from disaggworker.engine.scheduler import Scheduler
+from disaggworker.engine.sequence import Sampling, Sequence
+from disaggworker.errors import StartError
+from disaggworker.kv.blocks import BlockManager, blocks_for
+from disaggworker.kv.pool import Pool, blocks_in_memory
+from disaggworker.model.load import load
+from disaggworker.profiling.grid import Cell, LeftOut, Timing
+
+_GREEDY = Sampling(temperature=0.0, ignore_eos=True)
+_TOKENS = range(10, 256)  # ids that every vocabulary has
+
+
+class Inside:
+    """A model loaded as a worker loads it. `prepare` comes before `time`."""
+
+    def __init__(self, weights: Path, dtype: str, context: int) -> None:
+        """`context` 0: the model's own. Raises `StartError`."""
+        try:
+            with torch.inference_mode():
+                self._model, self._ends = load(weights, dtype)
+        except RuntimeError as e:  # torch's, for memory and for shapes
+            raise StartError(f"{weights} cannot be loaded: {e}") from None
+        longest = self._model.max_positions
+        self.context = min(context or longest, longest)
+        self._random = random.Random(0)
+
+    def prepare(self, grid: Iterable[Cell]) -> None:
+        """Take KV memory for the largest cell, or as much of it as there is. Raises `StartError`."""
+        model = self._model
+        shape = (model.layers, model.kv_heads, model.head_dim)
+        total = min(max(map(_needed, grid)), blocks_in_memory(*shape, model.dtype, model.device))
+        with torch.inference_mode():
+            pool = Pool(*shape, total, model.dtype, model.device)
+            pool.reserve(range(total))
+            for tensor in (*pool.keys, *pool.values):
+                # Decode reads what nothing was prefilled into: memory that was never written may be one page of zeros.
+                tensor.normal_()
+        self._blocks = BlockManager(total)
+        scheduler = Scheduler(self._blocks, may_prefill=True, may_decode=True, batch_tokens=0)
+        self._engine = Engine(model, pool, scheduler, self._ends, None, lambda _: None)
+
+    def time(self, cell: Cell) -> Timing:
+        """One step. Raises `LeftOut` where memory holds no such batch."""
+        owned = [self._blocks.allocate(_needed(cell) // cell.batch) for _ in range(cell.batch)]
+        batch = [
+            Sequence(
+                self._random.choices(_TOKENS, k=cell.length), _GREEDY, 1, lambda _token, _finish: None, kv=kv
+            )
+            for kv in owned
+        ]
+        try:
+            if None in owned:
+                raise LeftOut(f"KV memory holds {self._blocks.total} blocks, and it takes {_needed(cell)}")
+            if cell.phase == "decode":
+                for sequence in batch:
+                    # The last token is not in the cache yet: the step puts it there.
+                    sequence.output = [_TOKENS[0]]
+            step = self._engine.prefill if cell.phase == "prefill" else self._engine.decode
+            if self._model.device.type == "cuda":
+                torch.cuda.synchronize()
+            with torch.inference_mode():
+                begun = time.perf_counter()
+                step(batch)
+                return Timing(
+                    time.perf_counter() - begun, cell.batch * cell.length * (cell.phase == "decode")
+                )
+        except torch.OutOfMemoryError:
+            raise LeftOut("the device has no memory for it") from None
+        finally:
+            for kv in owned:
+                if kv is not None:
+                    self._blocks.release(kv)
+
+
+def _needed(cell: Cell) -> int:
+    """KV blocks that the step needs."""
+    return cell.batch * blocks_for(cell.length + (cell.phase == "decode"))
