@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -315,23 +316,8 @@ def _searched(
     workload: Workload,
     options: Options,
 ) -> _Found:
-    own = engines.engine(spec.engine.type)
-    problem = search.Problem(
-        model=model(spec),
-        promise=promise(spec),
-        workload=workload,
-        inventory=nodes,
-        engine=own,
-        algorithm=spec.planner.algorithm,
-        affinity=spec.hardware.affinity,
-        max_gpus=spec.hardware.max_gpus,
-        max_nodes_per_instance=spec.hardware.max_nodes_per_instance,
-        keep=keep,
-        profile=options.profile,
-        objective=options.objective,
-        prices=dict(spec.hardware.prices),
-    )
-    engine = own
+    problem = _problem(spec, nodes, keep, workload, options)
+    engine = problem.engine
     if options.as_published:
         profile = options.profile or latency.shipped_profile()
         placement = search.published.place(problem, profile, options.resolution)
@@ -366,6 +352,30 @@ def _searched(
     return plan, placement.groups, nodes
 
 
+def _problem(
+    spec: Spec,
+    nodes: hardware.Inventory,
+    keep: tuple[search.Standing, ...],
+    workload: Workload,
+    options: Options,
+) -> search.Problem:
+    return search.Problem(
+        model=model(spec),
+        promise=promise(spec),
+        workload=workload,
+        inventory=nodes,
+        engine=engines.engine(spec.engine.type),
+        algorithm=spec.planner.algorithm,
+        affinity=spec.hardware.affinity,
+        max_gpus=spec.hardware.max_gpus,
+        max_nodes_per_instance=spec.hardware.max_nodes_per_instance,
+        keep=keep,
+        profile=options.profile,
+        objective=options.objective,
+        prices=dict(spec.hardware.prices),
+    )
+
+
 def _any_engine(problem: search.Problem) -> tuple[engines.Engine, search.Placement]:
     """The best placement over all engines (ties: the problem's own), with what each of the others takes among the rejected.
 
@@ -393,10 +403,13 @@ def _any_engine(problem: search.Problem) -> tuple[engines.Engine, search.Placeme
     def takes(name: str) -> str:
         if name in failed:
             return str(failed[name])
+        theirs, mine = (f"{found[n].goodput / found[n].gpus:.2f}" for n in (name, best))
         if problem.objective == "goodput":
-            theirs, mine = (found[n].goodput / found[n].gpus for n in (name, best))
-            return f"{theirs:.2f} req/s per GPU; {best} reaches {mine:.2f}"
-        return f"takes {found[name].gpus} GPUs; {best} takes {found[best].gpus}"
+            return f"{theirs} req/s per GPU; {best} reaches {mine}"
+        return (
+            f"takes {found[name].gpus} GPUs, good for {theirs} req/s per GPU; "
+            f"{best} takes {found[best].gpus}, good for {mine}"
+        )
 
     others = [search.Rejected(f"engine {e.name}", takes(e.name)) for e in order if e.name != best]
     placement = replace(found[best], rejected=(*others, *found[best].rejected))
@@ -450,23 +463,32 @@ def _by_hand(
     engine = engines.engine(spec.engine.type)
     link = search.kv_link(nodes, groups)
     deployment = search.deployment(model(spec), engine, nodes, groups, link, profile=options.profile)
+    predicted = search.predict(deployment, workload, promise(spec))
+    setting = _setting(spec, nodes, groups, link, engine, options)
+    problem = _problem(spec, nodes, keep, workload, options)
+    gpu = catalogue.gpu(setting.gpu)
+    found = search.measure(
+        problem, deployment, predicted, gpu, catalogue.gpu(setting.decode_gpu or setting.gpu)
+    )
     plan = Plan(
         algorithm="ByHand",
         affinity=affinity,
         affinity_reason=reason,
         gpus=gpus,
         rate=_figure(workload.rate),
-        goodput=0.0,
-        goodput_per_gpu=0.0,
+        goodput=_figure(found.goodput),
+        goodput_per_gpu=_figure(found.goodput / gpus),
         cost=_cost(spec, nodes, groups),
-        predicted=_prediction(search.predict(deployment, workload, promise(spec))),
+        predicted=_prediction(predicted),
+        bound=_figure(found.bound),
+        bound_share=_figure(found.goodput / gpus / found.bound if found.bound else 0.0),
         roles=_roles(groups),
         prefill=words(_roles(groups), "prefill"),
         decode=words(_roles(groups), "decode"),
         latency_source=deployment.prefill[0].times.provenance.describe(),
         workload=_summary(workload),
-        setting=_setting(spec, nodes, groups, link, engine, options),
-        search=Search(seconds=0.0, cpu_seconds=0.0, simulations=0),
+        setting=setting,
+        search=Search(seconds=0.0, cpu_seconds=0.0, simulations=found.simulations),
     )
     return plan, groups, nodes
 
@@ -505,6 +527,7 @@ def replay(
     plan: Plan, profile: latency.Profile | None = None
 ) -> tuple[simulate.Deployment, simulate.Promise]:
     """The simulator's view of a plan, from nothing but the plan: for traces, and for other traffic than it was made for.
+    Of a plan of pairs it is one pair; `copies` says how many share the requests.
 
     A plan made with a profile of its own needs that profile again. Raises InvalidInput where it is missing or another.
     """
@@ -519,7 +542,8 @@ def replay(
         if setting.config is None
         else catalogue.model_from_config(setting.model, json.loads(setting.config))
     )
-    groups = [search.Group(r.role, r.tp, r.pp, r.count, (), r.chunk) for r in plan.roles]
+    alike = copies(plan)
+    groups = [search.Group(r.role, r.tp, r.pp, r.count // alike, (), r.chunk) for r in plan.roles]
     engine, gpu = engines.engine(setting.engine), catalogue.gpu(setting.gpu)
     where: dict[engines.Role, catalogue.GPU] = {
         "prefill": gpu,
@@ -528,6 +552,11 @@ def replay(
     }
     deployment = search.deployment(known, engine, where, groups, setting.link, profile=profile)
     return deployment, simulate.Promise(setting.ttft, setting.tpot, setting.attainment)
+
+
+def copies(plan: Plan) -> int:
+    """Equal parts of a plan that share nothing, each with its share of the requests: low-affinity pairs; else 1."""
+    return math.gcd(*(r.count for r in plan.roles)) if plan.paired else 1
 
 
 def _check_profile(setting: Setting, profile: latency.Profile | None) -> None:
@@ -550,7 +579,8 @@ def _check_profile(setting: Setting, profile: latency.Profile | None) -> None:
 def predict(plan: Plan, workload: Workload) -> Prediction:
     """What a committed plan would attain under other traffic."""
     deployment, promised = replay(plan)
-    return _prediction(search.predict(deployment, workload, promised))
+    share = replace(workload, rate=workload.rate / copies(plan))
+    return _prediction(search.predict(deployment, share, promised))
 
 
 def warm_up(options: Options = DEFAULT) -> None:

@@ -285,7 +285,10 @@ def test_any_engine_tells_what_the_own_one_costs(tmp_path: Path) -> None:
     nodes = cluster(tmp_path / "c.yaml", dgx(1))
     plan = json.loads(run("plan", "-f", file, "--nodes", nodes, "--engine", "any", "-o", "json").stdout)
     said = {r["what"]: r["reason"] for r in plan["rejected"]}
-    assert said["engine torch"] == f"takes 3 GPUs; {plan['setting']['engine']} takes {plan['gpus']}"
+    own, best = said["engine torch"].split("; ")
+    assert own.startswith("takes 3 GPUs, good for ")
+    assert own.endswith(" req/s per GPU")
+    assert best.startswith(f"{plan['setting']['engine']} takes {plan['gpus']}, good for ")
     table = run("plan", "-f", file, "--nodes", nodes, "--engine", "vllm").stdout
     assert "mixed" in table
     assert "starts only torch workers" in table.replace("\n", " ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from disaggserve import latency, plan, workload
+from disaggserve import latency, plan, simulate, workload
 from disaggserve.api import manifest
 from disaggserve.api.errors import InvalidInput
 from disaggserve.api.plan import Plan
 from disaggserve.api.spec import Spec
+from disaggserve.cli import plan as cli_plan
 from tests.contract.broken import GOOD
-from tests.integration.bench import node
+from tests.integration.bench import by_hand, node
 
 FACTS = plan.Facts(nodes=(node("gpu-0", 8), node("gpu-1", 8)))
 FITS = Path(latency.__file__).parents[1] / "data" / "profiles" / "profiler-a100-80g.distserve.json"
@@ -48,7 +50,12 @@ def test_any_engine_says_what_the_own_one_costs() -> None:
     assert found.plan.setting is not None
     assert found.plan.setting.engine != "torch"
     said = {r.what: r.reason for r in found.plan.rejected}
-    assert said["engine torch"].startswith("takes 3 GPUs; ")
+    takes = re.fullmatch(
+        r"takes 3 GPUs, good for (.*) req/s per GPU; (.*) takes 2, good for (.*)", said["engine torch"]
+    )
+    assert takes is not None, said
+    assert 0 < float(takes[1]) < float(takes[3]) == pytest.approx(found.plan.goodput_per_gpu, abs=0.006)
+    assert takes[2] == found.plan.setting.engine
     assert found.refusal is not None
     # What is replayed is what was planned: colocated instances whose chunk the plan holds.
     again = Plan.model_validate_json(found.plan.model_dump_json(exclude_none=True), strict=True)
@@ -80,6 +87,54 @@ def test_a_plan_made_with_a_profile_is_replayed_with_it_only(tmp_path: Path) -> 
         plan.replay(found, latency.Profile.load(FITS))
     with pytest.raises(InvalidInput, match="made without a profile"):
         plan.replay(plan.draft(spec(5), FACTS).plan, profile)
+
+
+def test_a_plan_by_hand_is_measured_as_others_are() -> None:
+    searched = plan.draft(spec(10), FACTS).plan
+    roles = [{"role": r.role, "tp": r.tp, "pp": r.pp, "count": r.count} for r in searched.roles]
+    found = plan.draft(spec(10, plan={"roles": roles}), FACTS).plan
+    assert found.algorithm == "ByHand"
+    assert found.goodput == pytest.approx(searched.goodput, rel=0.05)
+    assert found.goodput_per_gpu == pytest.approx(found.goodput / found.gpus, abs=1e-3)
+    assert (found.bound, found.bound_share > 0) == (searched.bound, True)
+
+
+@pytest.mark.parametrize(
+    ("option", "asked"),
+    [
+        ("--rate max", cli_plan.Replacing(rate="max")),
+        ("--engine any", cli_plan.Replacing(engine="any")),
+        ("--algorithm", cli_plan.Replacing(algorithm="high")),
+    ],
+)
+def test_what_searches_is_refused_beside_a_plan_by_hand(
+    option: str, asked: cli_plan.Replacing, tmp_path: Path
+) -> None:
+    file = tmp_path / "by-hand.json"
+    file.write_text(json.dumps(by_hand(1, 1)))
+    with pytest.raises(InvalidInput, match=f"{option} asks for a search, and spec.plan"):
+        cli_plan.run(file, tmp_path / "nodes.yaml", asked, "json")
+
+
+def test_pairs_are_replayed_as_they_were_predicted() -> None:
+    found = plan.draft(spec(30, planner={"algorithm": "LowAffinity"}), FACTS).plan
+    assert found.paired
+    assert plan.copies(found) >= 2
+    deployment, promise = plan.replay(found)
+    assert sum(p.count for p in (*deployment.prefill, *deployment.decode)) == 2
+    traffic = plan.expected(spec(30))
+    assert plan.predict(found, traffic).attainment == pytest.approx(found.predicted.attainment, abs=1e-3)
+    requests = traffic.requests(1500, 7)
+    dealt = simulate.run_copies(deployment, requests, plan.copies(found))
+    p = simulate.judge(requests, dealt, promise, 60, 1485)
+    assert abs(p.attainment - found.predicted.attainment) < 0.01
+    pooled = replace(
+        deployment,
+        prefill=(replace(deployment.prefill[0], count=plan.copies(found)),),
+        decode=(replace(deployment.decode[0], count=plan.copies(found)),),
+    )
+    shared = simulate.judge(requests, simulate.run(pooled, requests), promise, 60, 1485)
+    assert shared.attainment > p.attainment + 0.01
 
 
 @pytest.mark.parametrize("algorithm", ["Joint", "HighAffinity"])

@@ -206,6 +206,31 @@ def test_each_limit_is_named_with_what_could_be_kept() -> None:
     search.place(problem(1, promise=simulate.Promise(0.25, int(nearest[1]) / 1e3, 0.9)))
 
 
+@pytest.mark.parametrize(("ttft_s", "tpot_s"), [(0.02, 0.1), (0.25, 0.01)])
+def test_the_nearest_promise_is_kept_by_the_same_gpus_at_the_same_rate(ttft_s: float, tpot_s: float) -> None:
+    p = problem(10, simulate.Promise(ttft_s, tpot_s, 0.9), max_gpus=4)
+    said = re.search(r"a (TTFT|TPOT) of about (\d+) ms could be kept", str(infeasible(p)))
+    assert said is not None
+    limits = {"TTFT": ttft_s, "TPOT": tpot_s} | {said[1]: int(said[2]) / 1e3}
+    found = search.place(
+        dataclasses.replace(p, promise=simulate.Promise(limits["TTFT"], limits["TPOT"], 0.9))
+    )
+    assert found.gpus <= 4
+
+
+def test_where_no_promise_is_near_the_rate_is_named() -> None:
+    e = infeasible(problem(100, simulate.Promise(0.02, 0.1, 0.9), max_gpus=4))
+    said = re.search(
+        r"an idle instance has a TTFT of about \d+ ms, but at 100 req/s not even (\d+) ms are kept; "
+        r"with 4 GPUs (.*) req/s could be$",
+        str(e),
+    )
+    assert said is not None, str(e)
+    assert search.place(
+        problem(0.97 * float(said[2]), simulate.Promise(int(said[1]) / 1e3, 0.1, 0.9), max_gpus=4)
+    )
+
+
 def test_too_few_gpus_names_how_many_would_do_and_what_rate_these_do() -> None:
     e = infeasible(problem(20, max_gpus=4))
     assert e.limit == "GPUs"

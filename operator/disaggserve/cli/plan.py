@@ -41,7 +41,10 @@ def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path |
         raise InvalidInput(
             "--report draws with our own simulator, --as-published does not use it; give one of them"
         )
-    spec = replaced(one(file).spec, replacing)
+    given = one(file).spec
+    if given.plan is not None:
+        _check_by_hand(replacing)
+    spec = replaced(given, replacing)
     expected = traffic(spec, replacing)
     options = plan.Options(
         profile=latency.Profile.load(replacing.profile) if replacing.profile else None,
@@ -64,6 +67,19 @@ def run(file: Path, nodes: Path, replacing: Replacing, output: str, page: Path |
     if page is not None:
         traffic_planned = replace(expected or plan.expected(spec), rate=draft.plan.rate)
         report.write(page, report.Asked(spec, facts, traffic_planned, options), draft)
+
+
+def _check_by_hand(replacing: Replacing) -> None:
+    """Raises InvalidInput for options of a search, which a plan by hand needs none of."""
+    for option, asked in (
+        ("--rate max", replacing.rate == "max"),
+        ("--engine any", replacing.engine == "any"),
+        ("--algorithm", replacing.algorithm is not None),
+    ):
+        if asked:
+            raise InvalidInput(
+                f"{option} asks for a search, and spec.plan has a plan by hand; take one of them out"
+            )
 
 
 def read_facts(path: Path) -> plan.Facts:

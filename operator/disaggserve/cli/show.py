@@ -64,6 +64,7 @@ def plan(spec: Spec, draft: Draft) -> None:
     p = draft.plan
     _out.print(
         f"[bold]{spec.model.id}[/]: TTFT {spec.slo.ttft}, TPOT {spec.slo.tpot}, {spec.slo.attainment:.0%} of requests, {p.rate:g} req/s"
+        + (f", engine {p.setting.engine}" if p.setting else "")
     )
     _out.print(f"{p.algorithm}: {p.affinity.lower()} affinity, {p.affinity_reason}")
     _out.print()

@@ -40,11 +40,12 @@ class Given:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
     name: str  # for people
-    deployment: Deployment
+    deployment: Deployment  # of one copy
     promise: Promise
     gpus: int
     context_length: int
     inputs: dict[str, Any]  # what the deployment was made of, for digests
+    copies: int = 1  # low-affinity pairs, which share the requests and nothing else
 
     @property
     def engine(self) -> str:
@@ -81,6 +82,7 @@ def from_plan(path: Path, given: Given, *, among_shapes: bool = False) -> Subjec
         raise InvalidInput(f"{path}: setting is missing: this plan does not say model, GPU and promise")
     profile = None if among_shapes and setting.profile is None else _profile(given)
     deployment, promise = plan.replay(planned, profile)
+    copies = plan.copies(planned)
     config = json.loads(setting.config) if setting.config else None
     model = (
         catalogue.model(setting.model)
@@ -103,7 +105,9 @@ def from_plan(path: Path, given: Given, *, among_shapes: bool = False) -> Subjec
                 for r in planned.roles
             ),
             "profile": profile and profile.digest,
+            **({"pairs": copies} if copies > 1 else {}),
         },
+        copies,
     )
 
 

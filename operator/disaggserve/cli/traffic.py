@@ -143,7 +143,9 @@ def of(requests: Requests, left_out: int) -> Traffic:
 
 def send(subject: Subject, traffic: Traffic) -> Judged:
     """The traffic on one subject, all runs judged together. The digest holds the inputs and who kept the promise."""
-    runs = [(r, simulate.run(subject.deployment, r)) for r in _cached_by(subject, traffic)]
+    runs = [
+        (r, simulate.run_copies(subject.deployment, r, subject.copies)) for r in _cached_by(subject, traffic)
+    ]
     requests, outcome = simulate.joined(runs, traffic.begin_s, traffic.end_s)
     kept = simulate.kept(requests, outcome, subject.promise)
     p = subject.promise
@@ -200,7 +202,7 @@ def goodput(subject: Subject, traffic: Traffic, seeds: Sequence[int]) -> Goodput
         end_s = WARMUP_S + max(duration_s, ENOUGH / rate)
         at = dataclasses.replace(drawn, rate=rate)
         runs = [
-            (r, simulate.run(subject.deployment, r))
+            (r, simulate.run_copies(subject.deployment, r, subject.copies))
             for r in (at.requests(end_s + COOLDOWN_S, s) for s in seeds)
         ]
         return simulate.judge(*simulate.joined(runs, WARMUP_S, end_s), subject.promise).attainment

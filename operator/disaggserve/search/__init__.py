@@ -1,6 +1,7 @@
 """Placement: what shapes, how many instances, on which nodes, and what that is predicted to attain."""
 
 from disaggserve.search import published
+from disaggserve.search.goodputs import measure
 from disaggserve.search.packing import Group, NoRoom, Standing, pack, pack_pairs
 from disaggserve.search.place import place
 from disaggserve.search.predicting import deployment, kv_link, observe, pool, predict
@@ -17,6 +18,7 @@ __all__ = [
     "Standing",
     "deployment",
     "kv_link",
+    "measure",
     "observe",
     "pack",
     "pack_pairs",

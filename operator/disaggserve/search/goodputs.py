@@ -16,7 +16,7 @@ from disaggserve.engines import Role
 from disaggserve.latency import StepTimes
 from disaggserve.search import predicting
 from disaggserve.search.problem import Problem, Shape
-from disaggserve.simulate import Deployment, Outcome, Pool
+from disaggserve.simulate import Deployment, Outcome, Pool, Prediction
 from disaggserve.workload import Requests, Workload
 
 SCREEN = 3000  # requests that show which of several are worth a closer look
@@ -231,6 +231,27 @@ class Goodputs:
         if not len(first):
             return Kept(0.0, 0.0, 0.0)
         return Kept(float(np.mean(ttft & tpot)), float(np.mean(ttft)), float(np.mean(tpot)))
+
+
+class Measured(NamedTuple):
+    """Goodput of a deployment, req/s; what the datasheet allows, req/s per GPU."""
+
+    goodput: float
+    bound: float
+    simulations: int
+
+
+def measure(
+    problem: Problem, deployment: Deployment, predicted: Prediction, gpu: GPU, decode_gpu: GPU
+) -> Measured:
+    """What a given deployment is good for; `predicted`: on fresh seeds, at the workload's rate."""
+    goodputs, rate = Goodputs(problem, gpu), problem.workload.rate
+    goodput = goodputs.joint(deployment, rate)
+    if predicted.attainment >= problem.promise.attainment:
+        goodput = max(goodput, rate)  # met on fresh seeds, whatever the search's own say of it
+    node_gpus = max(n.gpus_total for n in problem.inventory.nodes)
+    simulations = goodputs.simulations + len(predicting.FRESH_SEEDS)
+    return Measured(goodput, bound_per_gpu(problem, gpu, node_gpus, decode_gpu), simulations)
 
 
 def _prefill_per_s(pool: Pool, workload: Workload) -> float:

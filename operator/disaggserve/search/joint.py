@@ -16,7 +16,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +32,8 @@ from disaggserve.search.high_affinity import Counts
 from disaggserve.search.mixed import Mixed
 from disaggserve.search.packing import Group, NoRoom, Standing
 from disaggserve.search.paper import MOST_REJECTED, Paper
-from disaggserve.search.problem import Placement, Problem, Progress, Rejected, Shape
-from disaggserve.search.words import floor, milliseconds, round_up
+from disaggserve.search.problem import Placement, Problem, Progress, Rejected, Shape, TooShort
+from disaggserve.search.words import floor, milliseconds
 from disaggserve.simulate import Deployment, Prediction
 from disaggserve.workload import Requests
 
@@ -610,6 +610,8 @@ class Joint:
         problem = self.problem
         if not any(self._pairs_of(ground) for ground in self.grounds):
             return self._no_pair()
+        if not problem.explain:
+            return Infeasible("GPUs", f"{problem.workload.rate:g} req/s takes more GPUs")
         most = self._available()
         words: list[str] = []
         if problem.objective == "gpus":
@@ -691,7 +693,8 @@ class Joint:
         ttft, tpot = self._idle(ground, p, d)
         early, steady = ttft <= promise.ttft_s, tpot <= promise.tpot_s
         late = float(np.mean(early)) < float(np.mean(steady))
-        limit, rows = ("TTFT", ttft[steady]) if late else ("TPOT", tpot[early])
+        what: Literal["TTFT", "TPOT"] = "TTFT" if late else "TPOT"
+        rows = ttft[steady] if late else tpot[early]
         enough = math.ceil(promise.attainment * len(ttft))
         moved_s = float(np.mean(self.goodputs[ground.decode].moved_rows(ground.link)))
         message = (
@@ -699,15 +702,13 @@ class Joint:
             f"{np.mean(steady):.0%} and both for {kept:.0%} of the requests; KV of a prompt takes "
             f"{milliseconds(moved_s)}"
         )
-        could = (
-            f"a {limit} of about {milliseconds(round_up(1.2 * float(np.sort(rows)[enough - 1])))} could be kept"
-            if len(rows) >= enough
-            else "both would have to be longer"
-        )
         moved_in = "TPOT" if problem.engine.first_token_from == "prefill" else "TTFT"
-        if limit == moved_in and ground.link.name == "tcp":
-            return Infeasible("Affinity", f"{message}: nodes with RDMA would keep it, or {could}")
-        return Infeasible(limit, f"{message}; {could}")
+        limit: str = what
+        if what == moved_in and ground.link.name == "tcp":
+            limit, message = "Affinity", f"{message}: nodes with RDMA would keep it"
+        if len(rows) < enough:
+            return Infeasible(limit, f"{message}; both limits would have to be longer")
+        return TooShort(limit, message, what, float(np.sort(rows)[enough - 1]))
 
     # ------------------------------------------------------------------------------------------- pairs in containers
 
@@ -788,7 +789,10 @@ class Joint:
         if len(faults) == 1:
             return faults[0]
         first, *rest = faults
-        return Infeasible(first.limit, f"{first}; as pairs in one container: {rest[0]}")
+        said = f"{first}; as pairs in one container: {rest[0]}"
+        if isinstance(first, TooShort):
+            return TooShort(first.limit, said, first.what, first.idle_s)
+        return Infeasible(first.limit, said)
 
     # -------------------------------------------------------------------------------------------------- onto nodes
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Literal
 
 from disaggserve import engines, hardware
 from disaggserve.api.errors import Infeasible
@@ -20,9 +21,9 @@ from disaggserve.search.goodputs import RESOLUTION, Goodputs, Kept, bound_per_gp
 from disaggserve.search.high_affinity import Counts
 from disaggserve.search.low_affinity import Pair
 from disaggserve.search.packing import Group, NoRoom
-from disaggserve.search.problem import Placement, Problem, Progress, Rejected, Shape
+from disaggserve.search.problem import Placement, Problem, Progress, Rejected, Shape, TooShort
 from disaggserve.search.ranking import EQUAL, ranked
-from disaggserve.search.words import floor, milliseconds, round_up
+from disaggserve.search.words import floor, milliseconds
 from disaggserve.simulate import Deployment, Prediction
 
 MOST_REJECTED = 10
@@ -178,23 +179,21 @@ class Paper:
         promise = self.problem.promise
         best = min(role_shapes, key=lambda s: self.goodputs.idle(role, s, promise.attainment))
         idle_s = self.goodputs.idle(role, best, promise.attainment)
-        what, limit_s = ("TTFT", promise.ttft_s) if role == "prefill" else ("TPOT", promise.tpot_s)
-        nearest = self._nearest_limit(role, best)
+        what: Literal["TTFT", "TPOT"] = "TTFT" if role == "prefill" else "TPOT"
+        limit_s = promise.ttft_s if role == "prefill" else promise.tpot_s
         unit = "prompts" if role == "prefill" else "requests"
-        return Infeasible(
+        return TooShort(
             what,
             f"even an idle {role} {best} on {self.gpu.short} has a {what} of {milliseconds(idle_s)} at "
-            f"{promise.attainment:.0%} of the {unit}, and {milliseconds(limit_s)} is promised; a {what} of about "
-            f"{milliseconds(nearest)} could be kept",
+            f"{promise.attainment:.0%} of the {unit}, and {milliseconds(limit_s)} is promised",
+            what,
+            self._idle_s(role, best),
         )
 
-    def _nearest_limit(self, role: Role, shape: Shape) -> float:
-        """TTFT or TPOT in seconds that the shape could keep: a fifth above the idle one, transfer and all."""
-        problem = self.problem
-        link = predicting.kv_link(problem.inventory, (), paired=not self.high)
-        idle_s = self.goodputs.idle(role, shape, problem.promise.attainment, link)
-        limit_s = problem.promise.ttft_s if role == "prefill" else problem.promise.tpot_s
-        return round_up(max(1.2 * idle_s, 1.05 * limit_s))
+    def _idle_s(self, role: Role, shape: Shape) -> float:
+        """TTFT or TPOT in seconds without load, a transfer in TPOT where prefill makes the first token."""
+        link = predicting.kv_link(self.problem.inventory, (), paired=not self.high)
+        return self.goodputs.idle(role, shape, self.problem.promise.attainment, link)
 
     # ------------------------------------------------------------------------------------------- Algorithm 1
 
@@ -294,7 +293,7 @@ class Paper:
             return
         mean = float(problem.workload.lengths.input.mean())
         transfer_s = plan.link.latency_s + mean * problem.model.kv_bytes_per_token() / plan.link.bytes_per_s
-        limit = "TTFT" if kept.ttft < kept.tpot else "TPOT"
+        limit: Literal["TTFT", "TPOT"] = "TTFT" if kept.ttft < kept.tpot else "TPOT"
         message = (
             f"{counts} keeps the promise for {kept.both:.0%} of the requests even without load (TTFT "
             f"{kept.ttft:.0%}, TPOT {kept.tpot:.0%}); KV of a prompt takes {milliseconds(transfer_s)} over {plan.link.name}"
@@ -305,8 +304,9 @@ class Paper:
                 f"{message}: nodes with RDMA, or planner.algorithm LowAffinity, would keep KV off it",
             )
         role: Role = "prefill" if limit == "TTFT" else "decode"
-        nearest = self._nearest_limit(role, counts.prefill if role == "prefill" else counts.decode)
-        raise Infeasible(limit, f"{message}; a {limit} of about {milliseconds(nearest)} could be kept")
+        promised_s = problem.promise.ttft_s if role == "prefill" else problem.promise.tpot_s
+        idle_s = self._idle_s(role, counts.prefill if role == "prefill" else counts.decode)
+        raise TooShort(limit, message, limit, max(idle_s, promised_s))
 
     def _fastest_high(self, phases: dict[Role, dict[Shape, float]]) -> tuple[Counts, float] | None:
         """The highest rate, by the phases alone, that fits what is free, and its goodput by simulation of both."""
@@ -333,6 +333,8 @@ class Paper:
         return None
 
     def _nearest_high(self, phases: dict[Role, dict[Shape, float]]) -> str:
+        if not self.problem.explain:
+            return "nothing nearer was looked for"
         fastest = self._fastest_high(phases)
         if fastest is not None:
             counts, goodput = fastest
@@ -455,6 +457,8 @@ class Paper:
         return max(options, key=lambda o: (o[0], -o[1].gpus * o[2])) if options else None
 
     def _nearest_low(self, found: dict[Pair, float]) -> str:
+        if not self.problem.explain:
+            return "nothing nearer was looked for"
         fastest = self._fastest_low(found)
         if fastest is None:
             least = min(p.gpus for p, g in found.items() if g)

@@ -11,7 +11,13 @@ from disaggserve.catalogue import GPU
 from disaggserve.hardware import Inventory
 from disaggserve.search.joint import Joint
 from disaggserve.search.paper import MOST_REJECTED, Paper
-from disaggserve.search.problem import Placement, Problem, Progress, Rejected
+from disaggserve.search.problem import Placement, Problem, Progress, Rejected, TooShort
+from disaggserve.search.words import floor, milliseconds, shown
+
+LOOSER, LOOSENED = (
+    1.25,
+    9,
+)  # a limit that is too short is loosened so, from a fifth above the idle one to 7 times it
 
 
 def place(problem: Problem, progress: Progress | None = None) -> Placement:
@@ -22,6 +28,41 @@ def place(problem: Problem, progress: Progress | None = None) -> Placement:
     `Infeasible` with the limit that binds: Memory, TTFT, TPOT, GPUs, Engine, Nodes or Affinity.
     """
     tell = progress or (lambda what, done, of: None)
+    try:
+        return _place(problem, tell)
+    except TooShort as short:
+        raise Infeasible(short.limit, f"{short}; {_nearest(problem, short, tell)}") from None
+
+
+def _nearest(problem: Problem, short: TooShort, tell: Progress) -> str:
+    """The least limit found that the same GPUs keep at the same rate, each tried by a search of its own."""
+
+    def asked(limit_s: float) -> Problem:
+        promise = (
+            dataclasses.replace(problem.promise, ttft_s=limit_s)
+            if short.what == "TTFT"
+            else dataclasses.replace(problem.promise, tpot_s=limit_s)
+        )
+        return dataclasses.replace(problem, promise=promise, explain=False)
+
+    limits_s = [shown(1.2 * short.idle_s * LOOSER**k) for k in range(LOOSENED)]
+    for limit_s in limits_s:
+        try:
+            _place(asked(limit_s), tell)
+        except Infeasible:
+            continue
+        return f"a {short.what} of about {milliseconds(limit_s)} could be kept"
+    words = f"an idle instance has a {short.what} of about {milliseconds(limits_s[0])}"
+    if problem.objective == "gpus":
+        words += f", but at {problem.workload.rate:g} req/s not even {milliseconds(limits_s[-1])} are kept"
+    try:
+        most = _place(dataclasses.replace(asked(limits_s[-1]), objective="goodput"), tell)
+    except Infeasible as e:
+        return f"{words}: {e}"
+    return f"{words}; with {most.gpus} GPUs {floor(most.goodput)} req/s could be"
+
+
+def _place(problem: Problem, tell: Progress) -> Placement:
     model = problem.model
     if reason := engines.refuse_architecture(problem.engine, model.architecture, model.quantised):
         raise Infeasible("Engine", reason)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 from disaggserve import latency
+from disaggserve.api.errors import Infeasible
 from disaggserve.catalogue import Link, Model
 from disaggserve.engines import Engine
 from disaggserve.hardware import Inventory
@@ -38,6 +39,15 @@ class Rejected(NamedTuple):
     reason: str
 
 
+class TooShort(Infeasible):
+    """A limit that not even idle instances keep. `what` it is, and the least of it in seconds that an idle one keeps."""
+
+    def __init__(self, limit: str, message: str, what: Literal["TTFT", "TPOT"], idle_s: float) -> None:
+        super().__init__(limit, message)
+        self.what, self.idle_s = what, idle_s
+        self.args = (limit, message, what, idle_s)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
     """Traffic, promise and hardware. `workload.lengths` are already cut to the model's context."""
@@ -60,6 +70,7 @@ class Problem:
         "gpus"  # the least for `workload.rate`, or the most of the GPUs at hand
     )
     prices: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of a GPU-hour, by product
+    explain: bool = True  # where there is no plan: whether to look for what could be kept
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

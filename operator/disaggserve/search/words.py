@@ -16,7 +16,9 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
 
 
-def round_up(seconds: float) -> float:
-    """Up to two digits."""
+def shown(seconds: float) -> float:
+    """Up to two digits, and not below what `milliseconds` shows of it."""
     digits = 1 - math.floor(math.log10(seconds))
+    if seconds < 10:
+        digits = min(digits, 3)
     return float(math.ceil(seconds * 10**digits) / 10**digits)

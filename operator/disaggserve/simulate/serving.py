@@ -99,6 +99,28 @@ def run(deployment: Deployment, requests: Requests) -> Outcome:
     return _serve(d, requests, moves=True)
 
 
+def run_copies(deployment: Deployment, requests: Requests, copies: int) -> Outcome:
+    """Serve the requests on so many copies of the deployment, each a queue of its own: every request goes to one of them
+    at random, the same one each time. Of Poisson arrivals each copy's part is Poisson again. Raises `BadDeployment`."""
+    if copies == 1:
+        return run(deployment, requests)
+    dealt = np.random.default_rng(copies).integers(copies, size=len(requests))
+    times = np.full((5, len(requests)), -1, np.int64)
+    events = 0
+    for copy in range(copies):
+        mine = np.flatnonzero(dealt == copy)
+        found = run(deployment, requests.take(mine))
+        times[:, mine] = (
+            found.prefill_start_ns,
+            found.first_ns,
+            found.transfer_end_ns,
+            found.decode_start_ns,
+            found.last_ns,
+        )
+        events += found.events
+    return Outcome(times[0], times[1], times[2], times[3], times[4], events)
+
+
 def run_prefill(pool: Pool, requests: Requests) -> Outcome:
     """The prefill phase alone (Algorithm 1): decode is free, so every request ends with its first token."""
     return _serve(Deployment((pool,), (), 0, 1.0), requests, moves=False)

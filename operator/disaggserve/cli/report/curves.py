@@ -22,7 +22,7 @@ from disaggserve.api.plan import Plan, RoleName, RolePlan, in_words
 from disaggserve.api.spec import Spec
 from disaggserve.latency import Profile, Provenance
 from disaggserve.search.predicting import FRESH_SEEDS
-from disaggserve.simulate import Deployment, Outcome, Parts, Pool, Prediction, Promise
+from disaggserve.simulate import Deployment, Outcome, Parts, Prediction, Promise
 from disaggserve.workload import Requests, Workload
 
 Tell = Callable[[str, int, int], None]  # what is being done, how many of it are done, of how many
@@ -248,22 +248,7 @@ def _lost(other: Plan, chosen: Plan, asked: str) -> str:
 
 def _candidate(plan: Plan, name: str, why: str, profile: Profile | None) -> Candidate:
     deployment = planning.replay(plan, profile)[0]
-    copies = math.gcd(*(r.count for r in plan.roles)) if plan.paired else 1
-    return Candidate(name, in_words(plan.roles), plan.gpus, _share(deployment, copies), copies, why)
-
-
-def _share(deployment: Deployment, copies: int) -> Deployment:
-    """One of so many equal parts of a deployment."""
-
-    def part(pools: tuple[Pool, ...]) -> tuple[Pool, ...]:
-        return tuple(replace(p, count=p.count // copies) for p in pools)
-
-    return replace(
-        deployment,
-        prefill=part(deployment.prefill),
-        decode=part(deployment.decode),
-        mixed=part(deployment.mixed),
-    )
+    return Candidate(name, in_words(plan.roles), plan.gpus, deployment, planning.copies(plan), why)
 
 
 # ---- attainment and goodput
