@@ -105,6 +105,8 @@ def test_what_a_body_asks() -> None:
         (False, {"seed": 2**63}, "seed must be an integer from"),
         (False, {"top_p": 1.5}, "top_p must be a number from 0 to 1"),
         (False, {"logit_bias": {"5": 1}}, "logit_bias is not supported"),
+        (False, {"min_tokens": 5}, "min_tokens is not supported"),
+        (True, {"response_format": {"type": "json_object"}}, "response_format is not supported"),
     ],
 )
 def test_what_a_body_cannot_ask(chat: bool, body: dict[str, Any], words: str) -> None:

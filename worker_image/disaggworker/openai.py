@@ -24,6 +24,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
     "min_p": (0,),
+    "min_tokens": (0,),
+    "use_beam_search": (False,),
+    "response_format": ({"type": "text"},),
     "tools": ([],),
 }
 
