@@ -534,19 +534,16 @@ class Joint:
             first.setdefault((split.ground, split.prefill, split.decode), split)
         for split in list(first.values())[:FINALISTS]:
             attempt(split)
-        for _, _, top in sorted(tried, key=lambda t: (-t[0], t[2].split))[:CLIMBED]:
-            best, at = -math.inf, top.split
-            while (
-                True
-            ):  # an instance more or less of a role, or one moved from role to role, while that is better
+        for best, _, top in sorted(tried, key=lambda t: (-t[0], t[2].split))[:CLIMBED]:
+            at = top.split
+            while True:  # an instance more or less of a role, or of both, or one moved, while that is better
                 around = [
                     at._replace(n=at.n + n, m=at.m + m)
                     for n, m in ((1, 0), (0, 1), (-1, 0), (0, -1), (1, 1), (1, -1), (-1, 1))
                 ]
                 values = [(found, split) for split in around if (found := attempt(split)) is not None]
                 found, split = max(values, default=(-math.inf, at), key=lambda v: v[0])
-                known = max(best, next((v for v, _, plan in tried if plan.split == at), -math.inf))
-                if found <= known:
+                if found <= best:
                     break
                 best, at = found, split
         if self.problem.engine.colocates:
@@ -955,14 +952,7 @@ class Joint:
 
     def _memory_binds(self, plan: Plan, role: Role, rate: float, kept: Kept) -> bool:
         """Whether four times the KV blocks would undo at least half of the misses."""
-        d = plan.deployment
-        pools = d.prefill if role == "prefill" else d.decode
-        roomy = tuple(dataclasses.replace(p, blocks=4 * p.blocks) for p in pools)
-        more = (
-            dataclasses.replace(d, prefill=roomy)
-            if role == "prefill"
-            else dataclasses.replace(d, decode=roomy)
-        )
+        more = predicting.roomier(plan.deployment, role)
         with_room = self._kept(dataclasses.replace(plan, deployment=more), rate).both
         return 1 - with_room <= 0.5 * (1 - kept.both)
 

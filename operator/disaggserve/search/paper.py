@@ -520,12 +520,5 @@ class Paper:
 
     def _memory_binds(self, plan: _Plan, role: Role, rate: float, kept: Kept) -> bool:
         """Whether four times the KV blocks would undo at least half of the misses."""
-        d = plan.deployment
-        pools = d.prefill if role == "prefill" else d.decode
-        roomy = tuple(dataclasses.replace(p, blocks=4 * p.blocks) for p in pools)
-        more = (
-            dataclasses.replace(d, prefill=roomy)
-            if role == "prefill"
-            else dataclasses.replace(d, decode=roomy)
-        )
+        more = predicting.roomier(plan.deployment, role)
         return 1 - self.goodputs.kept(more, rate).both <= 0.5 * (1 - kept.both)

@@ -150,6 +150,15 @@ def deployment(
     )
 
 
+def roomier(deployment: Deployment, role: Role) -> Deployment:
+    """The same with four times the KV blocks on one side: what is left of its misses then is not for want of memory."""
+    pools = deployment.prefill if role == "prefill" else deployment.decode
+    roomy = tuple(dataclasses.replace(p, blocks=4 * p.blocks) for p in pools)
+    if role == "prefill":
+        return dataclasses.replace(deployment, prefill=roomy)
+    return dataclasses.replace(deployment, decode=roomy)
+
+
 def window_s(rate: float, enough: int, steady_s: float = STEADY_S) -> float:
     """Seconds to judge at that rate: `steady_s`, less where `enough` requests come sooner, and more where
     not even 300 would come (up to an hour)."""
