@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         match command:
             case "prefill" | "decode":
                 # torch takes seconds to import: only who needs it pays.
-                from disaggworker.server import run
+                from disaggworker.worker.main import run
 
                 return run(argv)
             case "router":

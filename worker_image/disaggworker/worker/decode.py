@@ -1,0 +1,178 @@
+"""The second half of an answer: pull the prompt's KV and generate the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import Awaitable
+
+import msgspec
+from aiohttp import web
+
+from disaggserve.protocol import Handoff, Layout
+from disaggserve.wire import VERSION
+from disaggworker import openai
+from disaggworker.engine.sequence import Sequence, Token
+from disaggworker.errors import RequestError, TransferError
+from disaggworker.kv.blocks import BLOCK_TOKENS, blocks_for
+from disaggworker.kv.pull import KVClient
+from disaggworker.worker.instance import Instance
+from disaggworker.worker.text import Reply
+
+
+class Decode:
+    """Answers requests that bring a prefill worker's `kv_transfer_params`."""
+
+    def __init__(self, instance: Instance, client: KVClient) -> None:
+        self._instance, self._client = instance, client
+        self._pulls = asyncio.Lock()  # one transfer at a time into one instance, as its link has it
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self, request: web.Request, ask: openai.Ask) -> web.StreamResponse:
+        """Raises `RequestError`, `TransferError`."""
+        instance = self._instance
+        engine, text, name = instance.engine, instance.text, instance.config.served_name
+        try:
+            handoff = msgspec.convert(ask.params, Handoff)
+        except msgspec.ValidationError as e:
+            raise RequestError(
+                f"kv_transfer_params is not what a prefill worker gave: {e}.", param="kv_transfer_params"
+            ) from None
+        if handoff.version != VERSION:
+            raise RequestError(
+                f"kv_transfer_params is of version {handoff.version}, not {VERSION}.",
+                param="kv_transfer_params",
+            )
+        limit = text.limit(ask, handoff.prompt_tokens)
+        if handoff.done or limit < 2 or handoff.prompt_tokens < 1:
+            raise RequestError(
+                "Nothing is left to decode: the first token ends this request.", param="kv_transfer_params"
+            )
+        if ask.sampling.logprobs is not None and handoff.first_logprobs is None:
+            raise RequestError(
+                "kv_transfer_params lacks the first token's logprobs: prefill was not asked for them.",
+                param="kv_transfer_params",
+            )
+        reply = Reply(text.bytes, ask, Token(handoff.first_token_id, handoff.first_logprobs))
+        admitted: asyncio.Future[None] = self._instance.loop.create_future()
+
+        def admit() -> None:
+            if not admitted.done():
+                admitted.set_result(None)
+
+        sequence = Sequence(
+            [0] * handoff.prompt_tokens,
+            dataclasses.replace(ask.sampling, seed=handoff.seed),
+            limit,
+            reply.on_token,
+            output=[handoff.first_token_id],
+            on_admitted=lambda: instance.call_soon(admit),
+        )
+        engine.submit(sequence)
+        try:
+            await self._pull(handoff, sequence, admitted)
+            identity, created = instance.identity(request, ask), int(time.time())
+            if ask.stream:
+                frames = openai.Frames(ask, identity, created, name, text.spelling)
+                return await self._stream(request, reply, frames, handoff)
+            while not reply.finish:
+                await reply.wait()
+            body = openai.answer(
+                ask,
+                identity,
+                created,
+                name,
+                reply.pieces,
+                text.spelling,
+                prompt_tokens=handoff.prompt_tokens,
+            )
+            return web.Response(body=body, content_type="application/json")
+        finally:
+            # Ended or not: a stop string ends what the engine would go on with, and so does a client that left.
+            engine.abort(sequence)
+            if reply.finish:
+                self._observe(sequence, reply.tokens)
+
+    def _observe(self, sequence: Sequence, tokens: int) -> None:
+        metrics = self._instance.metrics
+        span = sequence.last_token_s - sequence.first_token_s
+        metrics.queue.observe(sequence.scheduled_s - sequence.arrived_s)
+        metrics.decode.observe(span)
+        metrics.generation_tokens.observe(tokens)
+        if tokens > 2:
+            # The first token here is the answer's second.
+            metrics.tpot.observe(span / (tokens - 2))
+
+    async def _pull(self, handoff: Handoff, sequence: Sequence, admitted: asyncio.Future[None]) -> None:
+        """Wait for blocks, fetch the KV into them, and tell the prefill worker. Raises `TransferError`."""
+        client, engine, pace = self._client, self._instance.engine, self._instance.pace
+        renewing = self._instance.loop.create_task(self._renew(handoff))
+        try:
+            waits: set[asyncio.Future[None]] = {admitted, renewing}
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if renewing.done():
+                await renewing
+            await admitted
+            async with self._pulls:
+                begun = self._instance.loop.time()
+                layout, frames = await client.pull(handoff)
+                self._fits(layout, handoff)
+                if pace and handoff.gpu:
+                    whole_s = pace.transfer_s(handoff.prompt_tokens, handoff.gpu, handoff.rdma)
+                    await asyncio.sleep(begun + whole_s - self._instance.loop.time())
+            engine.pulled(sequence, layout.tokens, frames)
+        finally:
+            renewing.cancel()
+            # Arrived, or not wanted any more: the prefill worker needs its blocks either way.
+            self._background(client.release(handoff))
+
+    async def _renew(self, handoff: Handoff) -> None:
+        """Keep the lease while the request waits here. Raises `TransferError`."""
+        await asyncio.sleep(0.02)  # most requests are admitted at once, and need no word
+        while True:
+            await self._client.renew(handoff)
+            await asyncio.sleep(self._instance.config.lease_s / 3)
+
+    def _background(self, work: Awaitable[None]) -> None:
+        async def quietly() -> None:
+            # A prefill worker that is gone needs no release; one that did not hear it has its lease's end.
+            with contextlib.suppress(TransferError):
+                await work
+
+        task = self._instance.loop.create_task(quietly())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _fits(self, layout: Layout, handoff: Handoff) -> None:
+        pool = self._instance.engine.pool
+        mine = (
+            pool.layers,
+            pool.kv_heads,
+            pool.head_dim,
+            BLOCK_TOKENS,
+            str(pool.dtype).removeprefix("torch."),
+        )
+        theirs = (layout.layers, layout.kv_heads, layout.head_dim, layout.block_tokens, layout.dtype)
+        tokens = len(layout.tokens)
+        if mine != theirs or tokens != handoff.prompt_tokens or layout.blocks != blocks_for(tokens):
+            raise TransferError(
+                f"The prefill worker's KV is {theirs} for {tokens} tokens; this worker's is {mine} for {handoff.prompt_tokens}."
+            )
+
+    async def _stream(
+        self, request: web.Request, reply: Reply, frames: openai.Frames, handoff: Handoff
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+        )
+        await response.prepare(request)
+        while not reply.finish:
+            await reply.wait()
+            data = b"".join([frames.token(piece) for piece in reply.take()])
+            if reply.finish:
+                data += frames.end(handoff.prompt_tokens, reply.tokens)
+            await response.write(data)
+        await response.write_eof()
+        return response

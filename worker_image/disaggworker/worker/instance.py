@@ -1,0 +1,39 @@
+"""What a loaded worker serves with; both halves of an answer are given it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import uuid
+from collections.abc import Callable
+
+from aiohttp import web
+
+from disaggworker import openai
+from disaggworker.config import Config
+from disaggworker.engine.engine import Engine
+from disaggworker.metrics import Metrics
+from disaggworker.pace import Pace
+from disaggworker.worker.text import Text
+
+
+@dataclasses.dataclass(frozen=True)
+class Instance:
+    """One copy of the model and its surroundings. `loop` is where everything but the engine runs."""
+
+    config: Config
+    pace: Pace | None
+    engine: Engine
+    text: Text
+    metrics: Metrics
+    loop: asyncio.AbstractEventLoop
+
+    def call_soon(self, action: Callable[[], None]) -> None:
+        """Do this on the event loop; called from the engine's thread."""
+        self.loop.call_soon_threadsafe(action)
+
+    @staticmethod
+    def identity(request: web.Request, ask: openai.Ask) -> str:
+        """The id of an answer, from the router's or one of our own."""
+        given = request.headers.get("X-Request-Id") or uuid.uuid4().hex
+        return ("chatcmpl-" if ask.chat else "cmpl-") + given

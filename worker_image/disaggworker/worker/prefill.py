@@ -1,0 +1,111 @@
+"""The first half of an answer: compute the prompt, give its first token, and keep its KV until it is pulled."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+import time
+import uuid
+
+import msgspec
+from aiohttp import web
+
+from disaggserve.protocol import Handoff
+from disaggworker import openai
+from disaggworker.engine.detokenize import TextStream
+from disaggworker.engine.sequence import Sequence, Token
+from disaggworker.errors import RequestError
+from disaggworker.kv.serve import KVServer
+from disaggworker.worker.instance import Instance
+from disaggworker.worker.text import shown
+
+
+class Prefill:
+    """Answers requests whose `kv_transfer_params` ask for a hand-off."""
+
+    def __init__(self, instance: Instance, server: KVServer) -> None:
+        self._instance, self._server = instance, server
+        self._handoffs: dict[Sequence, tuple[str, int]] = {}
+        instance.engine.hold = self._hold
+
+    def _hold(self, sequence: Sequence) -> None:
+        """In the engine's thread: the prompt is computed, and its blocks wait for a pull."""
+        assert sequence.kv
+        engine, handoff = self._instance.engine, uuid.uuid4().hex
+        self._handoffs[sequence] = handoff, sequence.kv.generation
+        self._server.hold(
+            handoff,
+            sequence.kv.generation,
+            sequence.kv.blocks,
+            sequence.prompt,
+            lambda: engine.release(sequence),
+        )
+
+    async def serve(self, request: web.Request, ask: openai.Ask) -> web.StreamResponse:
+        """Raises `RequestError`."""
+        config, engine, pace = self._instance.config, self._instance.engine, self._instance.pace
+        text, metrics = self._instance.text, self._instance.metrics
+        if not ask.params.get("do_remote_decode"):
+            raise RequestError(
+                "kv_transfer_params.do_remote_decode must be true: this is a prefill worker.",
+                param="kv_transfer_params",
+            )
+        prompt = text.prompt(ask)
+        seed = ask.seed if ask.seed is not None else secrets.randbits(62)
+        first: asyncio.Future[tuple[Token, str | None]] = self._instance.loop.create_future()
+
+        def on_token(token: Token, finish: str | None) -> None:
+            if not first.done():
+                first.set_result((token, finish))
+
+        sequence = Sequence(
+            prompt, dataclasses.replace(ask.sampling, seed=seed), text.limit(ask, len(prompt)), on_token
+        )
+        engine.submit(sequence)
+        try:
+            token, finish = await first
+        except asyncio.CancelledError:
+            engine.abort(sequence)
+            # The abort may have come after the prefill: then a lease has begun.
+            engine.post(lambda: self._drop(sequence))
+            raise
+        handoff, generation = self._handoffs.pop(sequence, ("", 0))
+        piece = shown(TextStream(text.bytes, ask.stops), token, finish)
+        if piece.finish and handoff:
+            self._server.drop(handoff)
+        metrics.ttft.observe(sequence.first_token_s - sequence.arrived_s)
+        metrics.queue.observe(sequence.scheduled_s - sequence.arrived_s)
+        metrics.prefill.observe(sequence.first_token_s - sequence.scheduled_s)
+        metrics.prompt_tokens.observe(len(prompt))
+        given = Handoff(
+            done=piece.finish is not None,
+            first_token_id=token.id,
+            first_logprobs=token.logprobs,
+            text=piece.text,
+            prompt_tokens=len(prompt),
+            host=config.pod_ip,
+            port=config.kv_port,
+            handoff=handoff,
+            generation=generation,
+            pairing_key=config.pairing_key,
+            seed=seed,
+            gpu=pace.gpu.product if pace else "",
+            rdma=pace.rdma if pace else False,
+        )
+        body = openai.answer(
+            ask,
+            self._instance.identity(request, ask),
+            int(time.time()),
+            config.served_name,
+            [piece],
+            text.spelling,
+            prompt_tokens=len(prompt),
+            more={"kv_transfer_params": msgspec.to_builtins(given)},
+        )
+        return web.Response(body=body, content_type="application/json")
+
+    def _drop(self, sequence: Sequence) -> None:
+        handoff, _ = self._handoffs.pop(sequence, ("", 0))
+        if handoff:
+            self._server.drop(handoff)
