@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, layer_norm, linear, relu
 
-from disaggworker.kv.pool import Attention
+from disaggworker.engine.attention import Attention
 from disaggworker.model.share import WHOLE, Share
 from disaggworker.model.weights import Weights
 

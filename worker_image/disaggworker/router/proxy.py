@@ -17,7 +17,7 @@ import msgspec
 from aiohttp import web
 
 from disaggserve import metric_names as names
-from disaggworker.router import errors, frames
+from disaggworker.router import errors, frames, vllm
 from disaggworker.router.admission import Admission
 from disaggworker.router.config import Config
 from disaggworker.router.fleet import Fleet, Hold, Instance
@@ -212,12 +212,17 @@ class Exchange:
 
     async def _attempt(self) -> web.StreamResponse:
         instance = await self._proxy.admission.prefill()
+        speaks_vllm = instance.seen.engine == vllm.NAME
         hold = Hold(instance, queued_tokens=self._request.input_tokens)
         try:
+            if speaks_vllm:
+                vllm.refuse(self._request.body)
             answer = await self._prefill(instance)
             hold.answered()
-            self._take(instance, answer)
+            self._take(instance, answer, first=not speaks_vllm)
             params = answer["kv_transfer_params"]
+            if speaks_vllm:
+                return await self._decode_vllm(hold, params)
             done = params.get("done") is True
             if self._request.stream:
                 await self._send_first(answer, done)
@@ -229,13 +234,16 @@ class Exchange:
 
     async def _prefill(self, instance: Instance) -> dict[str, Any]:
         try:
-            async with self._post(instance, self._request.for_prefill()) as upstream:
-                body = await upstream.read()
+            request = self._request
+            speaks_vllm = instance.seen.engine == vllm.NAME
+            body = vllm.for_prefill(request.body, chat=request.chat) if speaks_vllm else request.for_prefill()
+            async with self._post(instance, body) as upstream:
+                data = await upstream.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Lost(instance, f"{instance} failed: {_said(error)}") from error
-        self._judge(instance, upstream.status, body)
+        self._judge(instance, upstream.status, data)
         try:
-            answer = msgspec.json.decode(body)
+            answer = msgspec.json.decode(data)
             choice = answer["choices"][0]
             _ = choice["message"]["content"] if self._request.chat else choice["text"]
             if type(answer["usage"]["prompt_tokens"]) is not int:
@@ -250,11 +258,11 @@ class Exchange:
             ) from error
         return answer  # type: ignore[no-any-return]
 
-    def _take(self, instance: Instance, answer: dict[str, Any]) -> None:
-        """Prefill's answer is here: the first token, and the truth about the prompt's length."""
+    def _take(self, instance: Instance, answer: dict[str, Any], *, first: bool) -> None:
+        """Prefill's answer is here: the `first` token, unless decode's own is, and the truth about the prompt's length."""
         self._fleet.worked(instance)
         self._leave_queue()
-        if not self._first_s:
+        if first and not self._first_s:
             self._first_s = self._last_s = self._clock()
         usage = answer["usage"]
         self._request.input_tokens = usage["prompt_tokens"]
@@ -272,14 +280,8 @@ class Exchange:
                     "an instance failed after the first token, and sampling it again gave another"
                 )
             return
-        client = web.StreamResponse(headers={**_STREAM_HEADERS, "X-Request-Id": request.id})
-        if self._proxy.closing:
-            client.force_close()
-        try:
-            await client.prepare(self._http)
-        except ConnectionError as error:
-            raise ClientGone from error
-        self._client, self._sent = client, (token, done)
+        client = self._client = await self._begin()
+        self._sent = token, done
         await self._write(
             client,
             frames.first(
@@ -329,6 +331,110 @@ class Exchange:
                 raise Lost(instance, f"{instance} failed: {_said(error)}") from error
             finally:
                 hold.end()
+
+    async def _decode_vllm(self, lease: Hold, params: dict[str, Any]) -> web.StreamResponse:
+        """The rest of vLLM's two steps. Until decode's first token is here, whatever fails costs the client only time."""
+        prefill, request = lease.instance, self._request
+        key, answered_s = prefill.seen.pairing_key, self._clock()
+        body = vllm.for_decode(request.body, params)
+        while True:
+            if vllm.late(self._clock() - answered_s):
+                raise Lost(None, f"no decode instance took the request before {prefill} let go of its KV")
+            instance = self._fleet.decode(key, self._clock())
+            if instance is None:
+                raise Lost(None, f"no decode instance of pairing key {key} is ready")
+            hold = Hold(instance, kv_tokens=request.input_tokens + 1)
+            sent_s = self._clock()
+            try:
+                async with self._post(instance, body) as upstream:
+                    if upstream.status != 200:
+                        self._judge(instance, upstream.status, await upstream.read())
+                    if request.stream:
+                        return await self._vllm_stream(lease, hold, upstream, answered_s)
+                    data = await upstream.read()
+                try:
+                    answer = msgspec.json.decode(data)
+                    self._output_tokens = int(answer["usage"]["completion_tokens"])
+                    own_s = vllm.first_token_s(answer)
+                except (msgspec.DecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
+                    raise Lost(
+                        instance, f"{instance} answered without usage: {error!r}", answered=True
+                    ) from error
+                self._last_s = self._clock()
+                # One that does not say when its first token came may have had it as late as its last.
+                self._first_s = self._last_s if own_s is None else sent_s + own_s
+                if vllm.late(self._first_s - answered_s):
+                    raise Lost(None, f"{instance} came for its KV after {prefill} had let go of it")
+                self._fleet.worked(instance)
+                self.outcome = names.OK
+                return self._proxy.headed(errors.response(200, data), request.id)
+            except aiohttp.ClientConnectorError as error:
+                # It never saw the request, so the KV is still on prefill, for another decode.
+                log.warning("request %s: %s", request.id, _said(error))
+                self._fault(instance)
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise Lost(instance, f"{instance} failed: {_said(error)}") from error
+            finally:
+                hold.end()
+
+    async def _vllm_stream(
+        self, lease: Hold, hold: Hold, upstream: aiohttp.ClientResponse, answered_s: float
+    ) -> web.StreamResponse:
+        """The headers come before the pull, and say nothing; the first token does."""
+        instance, request = hold.instance, self._request
+        stream = vllm.Frames(keep_usage=request.include_usage)
+        seen = 0
+        try:
+            async with asyncio.timeout_at(answered_s + vllm.LATE_S) as patience:
+                async for chunk in upstream.content.iter_any():
+                    whole = stream.feed(chunk)
+                    if stream.begun and self._client is None:
+                        patience.reschedule(None)
+                        lease.end()
+                        self._first_s = self._clock()
+                        self._client = await self._begin()
+                    if stream.error is not None:
+                        break
+                    if stream.tokens > seen:
+                        self._last_s = self._clock()
+                        hold.grow(stream.tokens - seen)
+                        seen = stream.tokens
+                    if whole and self._client is not None:
+                        await self._write(self._client, whole)
+                    if stream.done:
+                        self._output_tokens = stream.tokens
+                        self.outcome = names.OK
+        except TimeoutError as error:
+            if self._client is None:
+                why = f"{instance} gave no token before {lease.instance} let go of its KV"
+                raise Lost(instance, why, answered=True) from error
+            raise
+        except (aiohttp.ClientError, OSError) as error:
+            if self._client is None:
+                raise Lost(instance, f"{instance} failed: {_said(error)}") from error
+            self._fault(instance)
+            raise errors.InstanceFailed(
+                f"the decode instance failed in mid-stream: {_said(error)}"
+            ) from error
+        if self._client is None:
+            said = (stream.error or b"nothing")[:200].decode("utf-8", "replace")
+            raise Lost(instance, f"{instance} answered no token but {said}", answered=True)
+        if not stream.done:
+            self._fault(instance, answered=stream.error is not None)
+            raise errors.InstanceFailed("the decode instance failed in mid-stream")
+        self._fleet.worked(instance)
+        return await self._finish(self._client)
+
+    async def _begin(self) -> web.StreamResponse:
+        """The client's stream."""
+        client = web.StreamResponse(headers={**_STREAM_HEADERS, "X-Request-Id": self._request.id})
+        if self._proxy.closing:
+            client.force_close()
+        try:
+            await client.prepare(self._http)
+        except ConnectionError as error:
+            raise ClientGone from error
+        return client
 
     async def _pass_answer(self, instance: Instance, upstream: aiohttp.ClientResponse) -> web.Response:
         body = await upstream.read()

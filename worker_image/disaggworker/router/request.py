@@ -21,7 +21,7 @@ class Request:
     """One well-formed request. `input_tokens` is a guess until prefill's answer tells."""
 
     __slots__ = (
-        "_body",
+        "body",
         "chat",
         "id",
         "include_usage",
@@ -50,13 +50,13 @@ class Request:
         self.wants_token_ids = _flag(body, "return_token_ids")
         # The same tokens come again from the start: greedy, or sampled from a given seed.
         self.repeatable = body.get("temperature") == 0 or body.get("seed") is not None
-        self.chat, self.id, self._body = chat, id, body
+        self.chat, self.id, self.body = chat, id, body
         self.input_tokens = _messages(body) if chat else _prompt(body)
 
     def for_prefill(self) -> bytes:
         """The same prompt for one token, its KV kept. The client's own limits ride in the params: prefill must know
         whether the answer ends at its first token."""
-        body = dict(self._body)
+        body = dict(self.body)
         limit = body.pop("max_tokens", None)
         if self.chat:
             limit = body.pop("max_completion_tokens", None) or limit
@@ -78,7 +78,7 @@ class Request:
 
     def for_decode(self, kv_transfer_params: object) -> bytes:
         """What the client sent, and where the KV is."""
-        return msgspec.json.encode({**self._body, "kv_transfer_params": kv_transfer_params})
+        return msgspec.json.encode({**self.body, "kv_transfer_params": kv_transfer_params})
 
 
 def request_id(said: str | None) -> str:
