@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import embedding, layer_norm, linear, relu
 
@@ -53,9 +52,7 @@ class OPT:
             self._project_in = self._optional(weights, base + "project_in")
         if share.last:
             # Embeddings are tied.
-            self._head = (
-                self._tokens[own] if share.first else weights.take(base + "embed_tokens.weight", own)
-            )
+            self._head = self._tokens[own] if share.first else weights.take(base + "embed_tokens.weight", own)
             self._project_out = self._optional(weights, base + "project_out")
             self._final = self._optional(weights, base + "final_layer_norm")
         self._attention, self._ffn = share.part(heads, self.head_dim), share.part(ffn)
