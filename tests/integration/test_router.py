@@ -82,6 +82,7 @@ class Fake:
         self.status, self.error = 200, b""
         self.dies = ""  # "" | "before" | "mid": after its first frame
         self.says_seed = True  # so that an answer can go on elsewhere
+        self.engine = "torch"
         self.pieces: list[bytes] | None = None
         self.cancelled = 0
         self.released: list[str] = []
@@ -89,7 +90,7 @@ class Fake:
 
     @property
     def seen(self) -> Seen:
-        return Seen(self.name, self.name, self.role, self.key, self.url, True)
+        return Seen(self.name, self.name, self.role, self.key, self.url, True, engine=self.engine)
 
     @contextlib.asynccontextmanager
     async def up(self) -> AsyncIterator[Fake]:
@@ -160,8 +161,14 @@ class Fake:
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await answer.prepare(http)
         await answer.write(b"")
-        start = len(body["kv_transfer_params"]["answered"]) + 1
-        for piece in self.pieces or stream(n, chat, start, "return_token_ids" in body):
+        if self.engine == "vllm":  # all of the answer is decode's
+            assert body["stream_options"]["include_usage"]
+            usage = b'data: {"choices":[],"usage":{"completion_tokens":%d}}\n\n' % n
+            pieces = [*stream(n, chat, 0)[:-1], usage, b"data: [DONE]\n\n"]
+        else:
+            start = len(body["kv_transfer_params"]["answered"]) + 1
+            pieces = stream(n, chat, start, "return_token_ids" in body)
+        for piece in self.pieces or pieces:
             await answer.write(piece)
             if self.dies == "mid":
                 assert http.transport is not None
@@ -540,6 +547,35 @@ def test_an_answer_that_cannot_go_on_ends_honestly(how: str) -> None:
             assert await b.outcomes() == {"failed false": 1}
             async with b.post(temperature=0.7) as answer:  # nothing was shown: from the start
                 assert answer.status == 200
+            await b.idle()
+
+    run(test())
+
+
+@pytest.mark.parametrize("how", ["", "before", "500", "said", "mid"])
+def test_vllms_answer_is_all_decodes(how: str) -> None:
+    """It fails unseen until its first token, and honestly after it."""
+
+    async def test() -> None:
+        p, bad, good = Fake("prefill", "p"), Fake("decode", "d0"), Fake("decode", "d1")
+        p.says_seed = False
+        for fake in (p, bad, good):
+            fake.engine = "vllm"
+        bad.dies, bad.status = (how if how in ("before", "mid") else ""), 500 if how == "500" else 200
+        if how == "said":
+            bad.pieces = [b'data: {"error":{"message":"prefill is gone"}}\n\n', b"data: [DONE]\n\n"]
+        async with bench(p, bad, good) as b:
+            async with b.post(stream=True) as answer:
+                body = await answer.read()
+            if how == "mid":
+                assert body.startswith(frame("A"))
+                assert b'"error"' in body
+            else:
+                assert body == b"".join(stream(4, start=0))
+                assert len(p.bodies) == (1 if not how else 2)
+                found = await b.metrics()
+                assert found[names.ROUTER_OUTPUT_TOKENS + "{output_bucket=0}"] == 4
+            assert await b.outcomes() == {"failed false" if how == "mid" else "ok true": 1}
             await b.idle()
 
     run(test())

@@ -56,6 +56,7 @@ class Scheduler:
         if sequence.kv is not None:
             self.blocks.release(sequence.kv)
             sequence.kv = None
+            sequence.computed = 0
 
     def admit(self) -> list[Sequence]:
         """Decode only: waiting sequences whose prompt's blocks are free, and taken now, to be pulled into."""

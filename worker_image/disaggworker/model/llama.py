@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, silu
 
+from disaggworker.engine.attention import Attention
 from disaggworker.errors import StartError
-from disaggworker.kv.pool import Attention
 from disaggworker.model.weights import Weights
 
 Affine = tuple[Tensor, Tensor | None]

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from disaggworker.engine.attention import Attention
 from disaggworker.errors import StartError
-from disaggworker.kv.pool import Attention
 from disaggworker.model.llama import Llama
 from disaggworker.model.opt import OPT
 from disaggworker.model.weights import Weights

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, layer_norm, linear, relu
 
-from disaggworker.kv.pool import Attention
+from disaggworker.engine.attention import Attention
 from disaggworker.model.weights import Weights
 
 _OFFSET = 2  # rows before the first position in OPT's table

@@ -35,6 +35,7 @@ class Seen:
     url: str  # http://ADDRESS:PORT
     ready: bool  # passes its readiness probe and is not terminating
     draining: bool = False  # the operator wants it empty: no new requests
+    engine: str = "torch"  # whose dialect it speaks
 
 
 class Instance:

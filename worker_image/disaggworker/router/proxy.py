@@ -3,7 +3,7 @@
 Two steps, as vLLM's disaggregated serving has them (REFERENCE § 7). An instance that fails costs the request time and nothing
 else. Before the first token it is tried again elsewhere. After it, another prefill instance computes the prompt and the tokens
 that the client has, draws the next one as it would have been drawn (the same seed, the same place in the answer), and the
-stream goes on. Only where an engine does not name its tokens and its seed, the stream ends with an error.
+stream goes on. Only where an engine does not name its tokens and its seed (vLLM), the stream ends with an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from aiohttp import web
 
 from disaggserve import metric_names as names
 from disaggserve.protocol import Resume
-from disaggworker.router import errors, frames
+from disaggworker.router import errors, frames, vllm
 from disaggworker.router.admission import Admission
 from disaggworker.router.config import Config
 from disaggworker.router.fleet import Fleet, Hold, Instance
@@ -254,10 +254,17 @@ class Exchange:
         hold = Hold(instance, queued_tokens=request.input_tokens + len(self._answered))
         params: dict[str, Any] = {}
         try:
+            if instance.seen.engine == vllm.NAME:
+                vllm.refuse(request.body)
+                answer = await self._prefill(instance, vllm.for_prefill(request.body, chat=request.chat))
+                hold.answered()
+                self._take(instance, answer)
+                return await self._decode_vllm(hold, answer["kv_transfer_params"])
             answer = await self._prefill(instance, request.for_prefill(resume))
             hold.answered()
             params = answer["kv_transfer_params"]
             self._take(instance, answer, resumed=resume is not None)
+            self._take_token(answer)
             done = params.get("done") is True
             if request.stream:
                 await self._send_token(answer, done)
@@ -293,18 +300,11 @@ class Exchange:
             ) from error
         return answer  # type: ignore[no-any-return]
 
-    def _take(self, instance: Instance, answer: dict[str, Any], *, resumed: bool) -> None:
-        """Prefill's answer is here: the next token, and the truth about the prompt's length."""
+    def _take(self, instance: Instance, answer: dict[str, Any], *, resumed: bool = False) -> None:
+        """Prefill's answer is here, and with it the truth about the prompt's length."""
         self._fleet.generated(instance)
         self._fleet.worked(instance)
         self._leave_queue(served=True)
-        self._last_s = self._clock()
-        if not self._first_s:
-            self._first_s = self._last_s
-        self._tokens += 1
-        self._answered += answer["choices"][0].get("token_ids") or ()
-        seed = answer["kv_transfer_params"].get("seed")
-        self._seed = seed if type(seed) is int else None
         usage = answer["usage"]
         self._request.input_tokens = usage["prompt_tokens"]
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
@@ -313,6 +313,16 @@ class Exchange:
             self._proxy.metrics.continuations += 1
         else:
             self._uncached = max(0, usage["prompt_tokens"] - (cached or 0))
+
+    def _take_token(self, answer: dict[str, Any]) -> None:
+        """Prefill's own token is the answer's next one."""
+        self._last_s = self._clock()
+        if not self._first_s:
+            self._first_s = self._last_s
+        self._tokens += 1
+        self._answered += answer["choices"][0].get("token_ids") or ()
+        seed = answer["kv_transfer_params"].get("seed")
+        self._seed = seed if type(seed) is int else None
 
     async def _send_token(self, answer: dict[str, Any], done: bool) -> None:
         """Prefill's token, at once: the first of the answer, or the next of one that goes on."""
@@ -396,16 +406,28 @@ class Exchange:
     async def _pass_stream(
         self, client: web.StreamResponse, answer: dict[str, Any], reply: Reply, hold: Hold
     ) -> web.StreamResponse:
-        """Decode's frames, from its socket to the client's without a task in between."""
-        instance, clock = hold.instance, self._clock
         stream = frames.Frames(hide=not self._request.wants_token_ids)
+        why = await self._relay(reply, stream, hold)
+        self._tokens += stream.tokens
+        self._answered += stream.ids
+        if stream.done:
+            self._fleet.worked(hold.instance)
+            self.outcome = names.OK
+            return await self._finish(client)
+        if stream.finished:  # all that it had to say
+            return await self._end_stream(client, answer)
+        raise Lost(hold.instance, why, answered=bool(stream.error), further=stream.tokens > 0)
+
+    async def _relay(self, reply: Reply, stream: frames.Frames | vllm.Frames, hold: Hold) -> str:
+        """Decode's frames, from its socket to the client's without a task in between; why it was not done at the end."""
+        instance, clock = hold.instance, self._clock
         transport, chunked = self._http.transport, self._http.version >= (1, 1)
         seen = 0
 
         def sink(piece: bytes) -> None:
             nonlocal seen
             whole = stream.feed(piece)
-            if stream.tokens != seen:
+            if stream.tokens > seen:
                 if not seen:
                     self._fleet.generated(instance)
                 self._last_s = clock()
@@ -420,27 +442,89 @@ class Exchange:
                 reply.pause()
                 _resume_later(reply, transport)
 
-        why = "it ended its stream before the answer's end"
         try:
             await reply.stream(sink)
         except UpstreamError as error:
-            why = str(error)
-        self._tokens += stream.tokens
-        self._answered += stream.ids
-        if stream.done and not stream.error:
-            self._fleet.worked(instance)
-            self.outcome = names.OK
-            return await self._finish(client)
-        if stream.finished:  # all that it had to say
-            return await self._end_stream(client, answer)
+            return f"{instance} failed in mid-stream: {error}"
         if stream.error:
-            why = stream.error[6:200].decode("utf-8", "replace").strip()
-        raise Lost(
-            instance,
-            f"{instance} failed in mid-stream: {why}",
-            answered=bool(stream.error),
-            further=stream.tokens > 0,
-        )
+            return f"{instance} failed in mid-stream: {stream.error[:200].decode('utf-8', 'replace').strip().removeprefix('data: ')}"
+        return f"{instance} ended its stream before the answer's end"
+
+    # ------------------------------------------------------------------------------------- vLLM's second step
+
+    async def _decode_vllm(self, lease: Hold, params: dict[str, Any]) -> web.StreamResponse:
+        """The rest of vLLM's two steps. Until decode's first token is here, whatever fails costs the client only time."""
+        prefill, request = lease.instance, self._request
+        key, answered_s = prefill.seen.pairing_key, self._clock()
+        body = vllm.for_decode(request.body, params)
+        while True:
+            if vllm.late(self._clock() - answered_s):
+                raise Lost(None, f"no decode instance took the request before {prefill} let go of its KV")
+            instance = self._fleet.decode(key, self._clock())
+            if instance is None:
+                raise Lost(None, f"no decode instance of pairing key {key} is ready")
+            hold = Hold(instance, kv_tokens=request.input_tokens + 1)
+            sent_s = self._clock()
+            try:
+                with contextlib.closing(await self._post(instance, body)) as reply:
+                    if reply.status != 200:
+                        self._judge(instance, reply.status, await reply.read())
+                    if request.stream:
+                        return await self._vllm_stream(lease, hold, reply, answered_s)
+                    data = await reply.read()
+                try:
+                    answer = msgspec.json.decode(data)
+                    self._tokens = int(answer["usage"]["completion_tokens"])
+                    own_s = vllm.first_token_s(answer)
+                except (msgspec.DecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
+                    raise Lost(
+                        instance, f"{instance} answered without usage: {error!r}", answered=True
+                    ) from error
+                self._last_s = self._clock()
+                # One that does not say when its first token came may have had it as late as its last.
+                self._first_s = self._last_s if own_s is None else sent_s + own_s
+                if vllm.late(self._first_s - answered_s):
+                    raise Lost(None, f"{instance} came for its KV after {prefill} had let go of it")
+                self._fleet.generated(instance)
+                self._fleet.worked(instance)
+                self.outcome = names.OK
+                return self._proxy.headed(errors.response(200, data), request.id)
+            except Unreachable as error:
+                # It never saw the request, so the KV is still on prefill, for another decode.
+                log.warning("request %s: %s", request.id, error)
+                self._fault(instance)
+            except UpstreamError as error:
+                raise Lost(instance, f"{instance} failed: {error}") from error
+            finally:
+                hold.end()
+
+    async def _vllm_stream(
+        self, lease: Hold, hold: Hold, reply: Reply, answered_s: float
+    ) -> web.StreamResponse:
+        """The headers come before the pull, and say nothing; the first token does."""
+        instance = hold.instance
+        stream, begun = vllm.Frames(keep_usage=self._request.include_usage), b""
+        try:
+            async with asyncio.timeout_at(answered_s + vllm.LATE_S):
+                while not stream.begun and stream.error is None and (piece := await reply.piece()):
+                    begun += stream.feed(piece)
+        except TimeoutError as error:
+            why = f"{instance} gave no token before {lease.instance} let go of its KV"
+            raise Lost(instance, why, answered=True) from error
+        if not stream.begun:
+            said = (stream.error or b"nothing")[:200].decode("utf-8", "replace")
+            raise Lost(instance, f"{instance} answered no token but {said}", answered=True)
+        lease.end()
+        self._first_s = self._last_s = self._clock()
+        client = self._client = await self._begin()
+        await self._write(client, begun)
+        why = await self._relay(reply, stream, hold)
+        self._tokens = stream.tokens
+        if not stream.done:
+            raise Lost(instance, why, answered=stream.error is not None)
+        self._fleet.worked(instance)
+        self.outcome = names.OK
+        return await self._finish(client)
 
     # ------------------------------------------------------------------------------------- wires
 

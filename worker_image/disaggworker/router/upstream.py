@@ -62,12 +62,22 @@ class Reply:
             raise self._error
         return b"".join(self._early)
 
+    async def piece(self) -> bytes:
+        """What has come of the body since the last time; nothing only at its end. Raises Broken."""
+        while not self._early and not self._ended:
+            await self._wait()
+        if self._error:
+            raise self._error
+        out = b"".join(self._early)
+        self._early.clear()
+        return out
+
     async def stream(self, sink: Sink) -> None:
         """Until the body's end: `sink` gets its pieces as they come. Raises Broken, and whatever `sink` raises."""
-        early, self._early = self._early, []
+        if self._early:
+            sink(b"".join(self._early))
+            self._early.clear()
         self._sink = sink
-        if early:
-            sink(b"".join(early))
         while not self._ended:
             await self._wait()
         if self._error:
@@ -106,6 +116,8 @@ class Reply:
 
     def take(self, piece: bytes) -> None:
         self._sink(piece)
+        if self._early:
+            self._wake()
 
     def end(self, error: Exception | None = None) -> None:
         if not self._ended:

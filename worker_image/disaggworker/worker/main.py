@@ -21,6 +21,7 @@ from disaggworker import config as configuration
 from disaggworker import openai
 from disaggworker.config import Config
 from disaggworker.engine.engine import Engine, Event
+from disaggworker.engine.runner import Runner
 from disaggworker.engine.scheduler import Scheduler
 from disaggworker.errors import RequestError, StartError, TransferError
 from disaggworker.kv.blocks import BLOCK_TOKENS, BlockManager
@@ -161,7 +162,7 @@ class Worker:
                 batch_tokens=self.pace.batch_tokens if self.pace else _BATCH_TOKENS,
                 lanes=self.pace.times.pp if self.pace else 1,
             )
-            engine = Engine(model, pool, scheduler, ends, self.pace, self._sink)
+            engine = Engine(Runner(model, pool), scheduler, ends, self.pace, self._sink)
             with torch.inference_mode():
                 engine.warm_up()
         except StartError as e:
