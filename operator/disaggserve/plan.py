@@ -126,10 +126,13 @@ def workload_inputs(spec: Spec) -> str:
 def pairing_key(spec: Spec) -> str:
     """Hash of what must match for KV to be readable on the other side."""
     engine = engines.engine(spec.engine.type)
+    # vLLM compares more than we set (attention backend, speculation): two sets of its flags are two keys.
+    more = {"args": spec.engine.args} if engine is engines.VLLM else {}
     return digest(
         {
+            **more,
             "engine": spec.engine.type,
-            "image": spec.engine.image,
+            "image": spec.engine.image or engine.image or None,
             "model": spec.model.id,
             "revision": spec.model.revision,
             "dtype": spec.model.dtype,
@@ -724,6 +727,11 @@ def _refusal(spec: Spec, plan: Plan, nodes: hardware.Inventory) -> str | None:
         if not role.nodes:
             return f"no node holds {role.role} {role.words()} as the plan means it"
         there = all(simulated.get(n.name, False) for n in role.nodes)
+        if role.role == "mixed":
+            reason = reason or (
+                f"This release plans {engine.name} instances that prefill and decode but starts only those that do one of "
+                "both; choose planner.algorithm HighAffinity, or pin roles in spec.plan."
+            )
         reason = reason or engines.refuse_start(engine, role.tp, role.pp, plan.paired, there)
     return reason
 

@@ -59,7 +59,10 @@ class QueueFull(ApiError):
     status = 429
     kind = "rate_limit_error"
     code = "queue_full"
-    retry_after_s = 1
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NoInstance(ApiError):
