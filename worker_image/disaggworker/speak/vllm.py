@@ -217,9 +217,9 @@ class Server:
         self._in_flight += 1
         self._quiet.clear()
         try:
-            if self._stopping.is_set():
-                raise _Failed
             ask, params = self._read(await request.read(), chat=chat)
+            if self._stopping.is_set():
+                return await self._let_go(request, ask)
             if params.get("do_remote_decode"):
                 return await self._for_another(request, ask)
             if params.get("do_remote_prefill") and params.get("remote_block_ids"):
@@ -292,6 +292,7 @@ class Server:
             "remote_num_tokens": len(prompt),
             "remote_blocks_expiry_time": None,
             "transfer_mode": "pull",
+            "remote_prefill_cached_tokens": 0,
         }
         if self._pace:
             given["emulated"] = {"gpu": self._pace.gpu.product, "rdma": self._pace.rdma}
@@ -428,6 +429,34 @@ class Server:
             more={"kv_transfer_params": given, "metrics": {"time_to_first_token_ms": first_ms}},
         )
         return web.Response(body=body, content_type="application/json")
+
+    async def _let_go(self, request: web.Request, ask: openai.Ask) -> web.StreamResponse:
+        """What a server that drains says to a new request."""
+        prompt = self._text.prompt(ask)
+        if not ask.stream:
+            gone = openai.Piece(Token(0), "", 0, "abort")
+            body = msgspec.json.decode(
+                openai.answer(
+                    dataclasses.replace(ask, token_ids=False),
+                    _identity(request, ask),
+                    int(time.time()),
+                    self._config.served_name,
+                    [gone],
+                    self._text.spelling,
+                    prompt_tokens=len(prompt),
+                    more={"kv_transfer_params": None},
+                )
+            )
+            body["usage"] = openai.usage(len(prompt), 0)
+            return web.json_response(body)
+        frames = openai.Frames(
+            ask, _identity(request, ask), int(time.time()), self._config.served_name, self._text.spelling
+        )
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        await response.write(frames.end(len(prompt), 0))
+        await response.write_eof()
+        return response
 
     async def _stream(
         self,
