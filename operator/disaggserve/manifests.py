@@ -213,6 +213,8 @@ def _torch(spec: Spec, slot: Slot, context_length: int) -> _Served:
     command += ["--served-name", spec.model.name, "--tp", str(slot.tp), "--pp", str(slot.pp)]
     command += ["--context-length", str(context_length), "--dtype", spec.model.dtype]
     command += ["--pairing-key", slot.pairing_key, "--port", str(HTTP_PORT), "--kv-port", str(KV_PORT)]
+    if slot.chunk is not None:
+        command += ["--chunk", str(slot.chunk)]
     return _Served(tuple(command), "/ready")
 
 
@@ -253,6 +255,8 @@ def _vllm(spec: Spec, slot: Slot, context_length: int) -> _Served:
     command += ["--kv-cache-dtype", spec.model.kv_dtype, "--block-size", str(engine.block_tokens)]
     command += ["--host", "$(POD_IP)", "--port", str(HTTP_PORT)]
     command += ["--kv-transfer-config", json.dumps(transfer, sort_keys=True)]
+    if slot.chunk is not None:
+        command += ["--max-num-batched-tokens", str(slot.chunk)]
     # The default, 0, would cut off what is in flight at SIGTERM.
     command += ["--shutdown-timeout", str(int(seconds(spec.rollout.drain_timeout)))]
     # When its first token came, which an answer in one piece hides and the router must know; what of the prompt was cached.

@@ -231,6 +231,7 @@ class Reconciler:
             report.proposal = Proposal(
                 prefill=verdict.plan.plan.prefill,
                 decode=verdict.plan.plan.decode,
+                mixed=verdict.plan.plan.mixed,
                 gpus=verdict.plan.plan.gpus,
                 attainment=verdict.plan.plan.predicted.attainment,
                 reason=verdict.reason,
@@ -612,7 +613,8 @@ def _keep_advice(report: Report, old: Json) -> None:
     said, last = old.get("proposal"), old.get("lastDecision")
     if report.proposal is None or not said or not last or last["action"] != "Advise":
         return
-    if (said["prefill"], said["decode"]) == (report.proposal.prefill, report.proposal.decode):
+    new = report.proposal
+    if (said["prefill"], said["decode"], said.get("mixed", "")) == (new.prefill, new.decode, new.mixed):
         report.proposal = Proposal.model_validate(said)
         report.decision = Decision.model_validate(last)
 
