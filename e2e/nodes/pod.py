@@ -84,11 +84,12 @@ class Pod:
         self.ending.order(0)
 
     async def abandon(self) -> None:
-        """The node has failed: the processes die, and nobody says so."""
+        """The node has failed: the processes die, and nobody says so. On return they are dead."""
         self._silent = True
         self._reporter.stop()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        await asyncio.gather(*(each.process.wait() for each in self._all() if each.process is not None))
 
     def container(self, name: str) -> Container | None:
         return next((each for each in self._all() if each.spec["name"] == name), None)

@@ -137,6 +137,9 @@ class ForkServerClient:
         with contextlib.suppress(ConnectionError):
             while line := await reader.readline():
                 self._hear(json.loads(line))
+        for process in self._processes.values():  # they die with their server
+            process._exit.set_result(128 + signal.SIGKILL)
+        self._processes.clear()
         self.ended.set_result(None)
         if not self._ready.done():
             self._ready.set_exception(AgentError(f"the fork server did not start: see {self._log}"))

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -56,32 +56,46 @@ def fitted(text, model=OPT13, gpu=A100, engine="distserve"):
     return document, Profile.of(document.model_dump(mode="json", exclude_none=True), "p.json")
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.floats(0.7, 3),
-    st.floats(0.8, 3),
-    st.floats(1.0, 4),
-    st.floats(0.0, 0.05),
-    st.integers(0, 2**32 - 1),
-)
-def test_known_coefficients_come_back_within_the_noise(base, slope, other, noise, seed):
-    rng = np.random.default_rng(seed)
-    form = (SMALL[0] * base, SMALL[1] * slope, SMALL[2] * other)
-    off = (1 + noise * x for x in iter(lambda: rng.uniform(-1, 1), None))
-    document, profile = fitted(table(form=form, off=off), gpu=None)
+FORMS = st.tuples(st.floats(0.7, 3), st.floats(0.8, 3), st.floats(1.0, 4))
+
+
+@settings(max_examples=15, deadline=None)
+@given(FORMS)
+def test_known_coefficients_come_back(factors):
+    a, b, c = form = tuple(x * y for x, y in zip(SMALL, factors, strict=True))
+    document, profile = fitted(table(form=form), gpu=None)
     times = latency.step_times(OPT13, A100, 1, 1, profile)
     for tokens in LENGTHS:
-        a, b, c = PREFILL
+        whole, each, square = PREFILL
         assert times.prefill_stage_s([tokens]) == pytest.approx(
-            a + b * tokens + c * tokens**2, rel=2 * noise + 1e-5
+            whole + each * tokens + square * tokens**2, rel=1e-5
         )
-    a, b, c = form
     for batch, context in itertools.product((1, 10, 90), (200, 800, 1500)):
         seconds = a + b * batch * (context + 1) + c * batch
-        assert times.decode_stage_s(batch, batch * (context + 1)) == pytest.approx(
-            seconds, rel=2 * noise + 1e-5
-        )
-    assert document.fits[0].decode.evidence.residuals.max <= 2 * noise + 1e-4
+        assert times.decode_stage_s(batch, batch * (context + 1)) == pytest.approx(seconds, rel=1e-5)
+    assert document.fits[0].decode.evidence.residuals.max <= 1e-4
+
+
+@settings(max_examples=15, deadline=None)
+@given(FORMS, st.floats(0.001, 0.05), st.integers(0, 2**32 - 1))
+def test_no_coefficients_lie_nearer_to_noisy_measurements_than_those_fitted(factors, noise, seed):
+    rng = np.random.default_rng(seed)
+    form = tuple(x * y for x, y in zip(SMALL, factors, strict=True))
+    off = 1 + noise * rng.uniform(-1, 1, len(LENGTHS) + 3 * len(BATCHES))
+    document, profile = fitted(table(form=form, off=iter(off.tolist())), gpu=None)
+    # The paper's form has a coefficient less, and is chosen where it tells unseen rows better.
+    assume(document.fits[0].decode.evidence.form == "perTp")
+    stage_s = latency.step_times(OPT13, A100, 1, 1, profile).decode_stage_s
+    base, slope, each = form
+    points = [(b, b * (c + 1)) for b in BATCHES for c in (200, 900, 1500)]
+    true = np.array([base + slope * context + each * batch for batch, context in points])
+    measured = true * off[len(LENGTHS) :]
+    found = np.array([stage_s(batch, context) for batch, context in points])
+
+    def miss(seconds):
+        return np.sqrt(np.mean((seconds / measured - 1) ** 2))
+
+    assert miss(found) <= miss(true) + 1e-5  # six digits are kept
 
 
 def test_order_of_rows_does_not_matter_and_six_digits_are_kept():

@@ -10,11 +10,11 @@ from typing import Literal
 
 import torch
 
+from disaggworker.engine.runner import Runner
 from disaggworker.engine.sampling import choose
 from disaggworker.engine.scheduler import Scheduler
 from disaggworker.engine.sequence import Sampling, Sequence, Token
-from disaggworker.kv.pool import DecodeAttention, Pool, PrefillAttention
-from disaggworker.model.load import Model
+from disaggworker.engine.step import lay_out
 from disaggworker.pace import Pace, Pipeline
 
 Event = tuple[Sequence, Token, str | None]
@@ -44,15 +44,14 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
-        pool: Pool,
+        runner: Runner,
         scheduler: Scheduler,
         ends: frozenset[int],
         pace: Pace | None,
         sink: Callable[[list[Event]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.model, self.pool, self.scheduler, self.pace = model, pool, scheduler, pace
+        self.runner, self.pool, self.scheduler, self.pace = runner, runner.pool, scheduler, pace
         self._ends, self._sink, self._clock = ends, sink, clock
         self.hold: Callable[[Sequence], None] | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -89,6 +88,7 @@ class Engine:
                 return
             sequence.prompt = prompt
             self.pool.write(sequence.kv.blocks, frames)
+            sequence.computed = len(prompt)
             self.scheduler.join(sequence)
 
         self.post(act)
@@ -124,8 +124,8 @@ class Engine:
         probe = Sequence(
             [0] * 15, sampling=Sampling(temperature=0.0), max_tokens=2, on_token=lambda _t, _f: None, kv=owned
         )
-        probe.output = [token.id for token in self.prefill([probe])]
-        self.decode([probe])
+        probe.output = [token.id for token in self.compute([(probe, 15)])]
+        self.compute([(probe, 1)])
         self.scheduler.blocks.release(owned)
 
     def run(self) -> None:
@@ -189,7 +189,7 @@ class Engine:
                 if kind == "prefill"
                 else times.decode_stage_s(len(batch), sum(lengths))
             )
-        tokens = self.prefill(batch) if kind == "prefill" else self.decode(batch)
+        tokens = self.compute([(sequence, sequence.length - sequence.computed) for sequence in batch])
         done = self._clock()
         self.steps += 1
         if not self.pace:
@@ -212,25 +212,13 @@ class Engine:
                 return "decode", batch, lane
         return None
 
-    def prefill(self, batch: list[Sequence]) -> list[Token]:
-        """Compute these sequences whole, into their blocks; the next token of each."""
-        lengths = [sequence.length for sequence in batch]
-        flat = [token for s in batch for part in (s.prompt, s.output) for token in part]
-        device = self.model.device
-        tokens = torch.tensor(flat, device=device)
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-        last = (torch.tensor(lengths).cumsum(0) - 1).to(device)
-        attention = PrefillAttention(self.pool, lengths, [s.kv.blocks for s in batch if s.kv])
-        return choose(self.model.forward(tokens, positions, attention, last), batch)
-
-    def decode(self, batch: list[Sequence]) -> list[Token]:
-        """Compute the last token of each of these sequences; the next token of each."""
-        lengths = [sequence.length for sequence in batch]
-        device = self.model.device
-        tokens = torch.tensor([sequence.output[-1] for sequence in batch], device=device)
-        positions = (torch.tensor(lengths) - 1).to(device)
-        attention = DecodeAttention(self.pool, lengths, [s.kv.blocks for s in batch if s.kv])
-        return choose(self.model.forward(tokens, positions, attention, None), batch)
+    def compute(self, batch: list[tuple[Sequence, int]]) -> list[Token]:
+        """Compute the next so many tokens of each sequence, into its blocks; the next token of each that is then complete."""
+        step = lay_out(batch)
+        for sequence, count in batch:
+            sequence.computed += count
+        answered = [batch[row][0] for row in step.answers]
+        return choose(self.runner.begin(step).logits(), answered)
 
     def _report(self, now: float) -> None:
         """Hand over the tokens of every step whose time is over."""

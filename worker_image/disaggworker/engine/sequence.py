@@ -40,6 +40,7 @@ class Sequence:
     on_token: Callable[[Token, str | None], None]  # token, finish reason; called on the event loop
     output: list[int] = dataclasses.field(default_factory=list)
     kv: Allocation | None = None
+    computed: int = 0  # tokens whose keys and values are in `kv`, those of a step in flight too
     on_admitted: Callable[[], None] | None = None  # decode: `kv` is there to pull into
     aborted: bool = False
     in_flight: bool = False  # in a step whose time is not over
@@ -53,3 +54,10 @@ class Sequence:
     def length(self) -> int:
         """Tokens of prompt and output."""
         return len(self.prompt) + len(self.output)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Those at these places of prompt and output."""
+        split = len(self.prompt)
+        if start >= split:
+            return self.output[start - split : end - split]
+        return self.prompt[start:end] + self.output[: max(0, end - split)]

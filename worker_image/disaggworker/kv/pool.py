@@ -1,4 +1,4 @@
-"""Where KV bytes are: paged tensors, read and written by block, and attention over them."""
+"""Where KV bytes are: paged tensors, read and written by block."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from disaggworker.errors import StartError
-from disaggworker.kv.blocks import BLOCK_TOKENS, blocks_for
+from disaggworker.kv.blocks import BLOCK_TOKENS
 
 _FIRST_BLOCKS = 256
 _CPU_POOL_BYTES = 1 << 30  # KV memory on a CPU where nobody says how many blocks
@@ -122,73 +121,3 @@ class Pool:
         torch.index_select(self.keys[layer].view(view), 0, index, out=keys)
         torch.index_select(self.values[layer].view(view), 0, index, out=values)
         return keys, values
-
-
-class PrefillAttention:
-    """Attention of whole prompts, packed one after another; their KV goes into the pool."""
-
-    def __init__(self, pool: Pool, lengths: Sequence[int], blocks: Sequence[Sequence[int]]) -> None:
-        self.pool, self.lengths = pool, lengths
-        for table in blocks:
-            pool.reserve(table)
-        tokens = [np.arange(n) for n in lengths]
-        owners = [np.asarray(table)[t // BLOCK_TOKENS] for t, table in zip(tokens, blocks, strict=True)]
-        self.rows = pool.rows(np.concatenate(owners), np.concatenate(tokens) % BLOCK_TOKENS)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q `[tokens, heads, head_dim]`, k and v `[tokens, kv_heads, head_dim]` → `[tokens, heads × head_dim]`."""
-        self.pool.store(layer, self.rows, k, v)
-        grouped = q.shape[1] != k.shape[1]
-        out, start = [], 0
-        for n in self.lengths:
-            part = slice(start, start + n)
-            heads = scaled_dot_product_attention(
-                q[part].transpose(0, 1)[None],
-                k[part].transpose(0, 1)[None],
-                v[part].transpose(0, 1)[None],
-                is_causal=True,
-                enable_gqa=grouped,
-            )
-            out.append(heads[0].transpose(0, 1).reshape(n, -1))
-            start += n
-        return out[0] if len(out) == 1 else torch.cat(out)
-
-
-class DecodeAttention:
-    """Attention of one new token per sequence over everything before it, gathered from the pool by block."""
-
-    def __init__(self, pool: Pool, lengths: Sequence[int], blocks: Sequence[Sequence[int]]) -> None:
-        """`lengths` include the new token."""
-        self.pool = pool
-        length = np.asarray(lengths)
-        self.width = width = blocks_for(int(length.max()))
-        table = np.zeros((len(lengths), width), dtype=np.int64)
-        for row, owned in zip(table, blocks, strict=True):
-            count = min(len(owned), width)
-            row[:count] = owned[:count]
-            pool.reserve(owned[-1:])
-        last = length - 1
-        self.rows = pool.rows(table[np.arange(len(lengths)), last // BLOCK_TOKENS], last % BLOCK_TOKENS)
-        pairs = table[:, None, :] * pool.kv_heads + np.arange(pool.kv_heads)[None, :, None]
-        self.pairs = torch.from_numpy(pairs.reshape(-1)).to(pool.device)
-        mask = np.arange(width * BLOCK_TOKENS)[None, :] < length[:, None]
-        self.mask = torch.from_numpy(mask[:, None, None, :]).to(pool.device)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q `[batch, heads, head_dim]`, k and v `[batch, kv_heads, head_dim]` → `[batch, heads × head_dim]`."""
-        pool, batch = self.pool, q.shape[0]
-        pool.store(layer, self.rows, k, v)
-        keys, values = pool.gather(layer, self.pairs)
-        shape = (batch, pool.kv_heads, self.width * BLOCK_TOKENS, pool.head_dim)
-        # Heads of one group share their keys: the group becomes the query axis, and nothing is repeated.
-        group = q.shape[1] // pool.kv_heads
-        out = scaled_dot_product_attention(
-            q.reshape(batch, pool.kv_heads, group, pool.head_dim),
-            keys.view(shape),
-            values.view(shape),
-            attn_mask=self.mask,
-        )
-        return out.reshape(batch, -1)
-
-
-Attention = PrefillAttention | DecodeAttention

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from disaggworker.engine.engine import Engine
+from disaggworker.engine.runner import Runner
 from disaggworker.engine.scheduler import Scheduler
 from disaggworker.engine.sequence import Sampling, Sequence
 from disaggworker.errors import StartError
@@ -53,7 +54,7 @@ class Inside:
                 tensor.normal_()
         self._blocks = BlockManager(total)
         scheduler = Scheduler(self._blocks, may_prefill=True, may_decode=True, batch_tokens=0)
-        self._engine = Engine(model, pool, scheduler, self._ends, None, lambda _: None)
+        self._engine = Engine(Runner(model, pool), scheduler, self._ends, None, lambda _: None)
 
     def time(self, cell: Cell) -> Timing:
         """One step. Raises `LeftOut` where memory holds no such batch."""
@@ -70,13 +71,13 @@ class Inside:
             if cell.phase == "decode":
                 for sequence in batch:
                     # The last token is not in the cache yet: the step puts it there.
-                    sequence.output = [_TOKENS[0]]
-            step = self._engine.prefill if cell.phase == "prefill" else self._engine.decode
+                    sequence.output, sequence.computed = [_TOKENS[0]], cell.length
+            work = [(sequence, sequence.length - sequence.computed) for sequence in batch]
             if self._model.device.type == "cuda":
                 torch.cuda.synchronize()
             with torch.inference_mode():
                 begun = time.perf_counter()
-                step(batch)
+                self._engine.compute(work)
                 return Timing(
                     time.perf_counter() - begun, cell.batch * cell.length * (cell.phase == "decode")
                 )
