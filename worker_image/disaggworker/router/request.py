@@ -5,9 +5,10 @@ Only what the router itself must know is judged here; the rest is the instances'
 
 from __future__ import annotations
 
+import contextlib
 import re
 import uuid
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -16,6 +17,7 @@ from disaggworker.router.errors import UnknownModel, WrongRequest
 from disaggworker.router.prefixes import Prefix, prefix
 
 _BYTES_PER_TOKEN = 4  # of English text under the usual tokenizers; only until prefill has counted
+_TokenIds = Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(min_length=1)]
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -122,8 +124,9 @@ def _prompt(body: dict[str, Any]) -> tuple[int, Prefix]:
     if isinstance(prompt, str):
         text = prompt.encode()
         return _guess(text), prefix(text)
-    if isinstance(prompt, list) and prompt and all(type(t) is int and t >= 0 for t in prompt):
-        return len(prompt), prefix(prompt)
+    with contextlib.suppress(msgspec.ValidationError):
+        tokens = msgspec.convert(prompt, _TokenIds)
+        return len(tokens), prefix(tokens)
     raise WrongRequest("prompt must be one string or one list of token ids", "prompt")
 
 
