@@ -480,6 +480,8 @@ class Exchange:
                     raise Lost(
                         instance, f"{instance} answered without usage: {error!r}", answered=True
                     ) from error
+                if vllm.aborted(answer):
+                    raise Lost(instance, f"{instance} is ending, and let go of the request", answered=True)
                 self._last_s = self._clock()
                 # One that does not say when its first token came may have had it as late as its last.
                 self._first_s = self._last_s if own_s is None else sent_s + own_s

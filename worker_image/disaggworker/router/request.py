@@ -6,6 +6,7 @@ Only what the router itself must know is judged here; the rest is the instances'
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import uuid
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from disaggworker.router.prefixes import Prefix, prefix
 
 _BYTES_PER_TOKEN = 4  # of English text under the usual tokenizers; only until prefill has counted
 _TokenIds = Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(min_length=1)]
+_MARGIN = 64  # levels of nesting: bodies are written and read again below more frames than here
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -50,8 +52,7 @@ class Request:
             if not _is_count(body.get(field, 1)):
                 raise WrongRequest(f"{field} must be a whole number of at least 1", field)
         self.stream = _flag(body, "stream")
-        options = body.get("stream_options")
-        self.include_usage = isinstance(options, dict) and options.get("include_usage") is True
+        self.include_usage = _include_usage(body)
         self.wants_token_ids = _flag(body, "return_token_ids")
         self.chat, self.id, self.body = chat, id, body
         self.input_tokens, self.prefix = _messages(body) if chat else _prompt(body)
@@ -95,10 +96,25 @@ def request_id(said: str | None) -> str:
     return said if said and _SANE_ID.fullmatch(said) else uuid.uuid4().hex
 
 
+def _finite(text: str) -> float:
+    """1e999 would be infinite, which JSON cannot say again."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is no number that can be held")
+    return value
+
+
+_decode = msgspec.json.Decoder(float_hook=_finite).decode
+
+
 def _object(raw: bytes) -> dict[str, Any]:
     try:
-        body = msgspec.json.decode(raw)
-        msgspec.json.encode(body)  # what cannot be said again, such as 10**400, cannot be passed on
+        body = deeper = _decode(raw)
+        for _ in range(_MARGIN):
+            deeper = [deeper]
+        msgspec.json.encode(
+            deeper
+        )  # what cannot be said again, however deep in the stack, cannot be passed on
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
         raise WrongRequest(f"the body is not JSON that can be read: {error}") from None
     if not isinstance(body, dict):
@@ -112,9 +128,22 @@ def _is_count(value: object) -> bool:
 
 def _flag(body: dict[str, Any], field: str) -> bool:
     value = body.get(field)
-    if value not in (None, True, False):
+    if value is not None and not isinstance(value, bool):
         raise WrongRequest(f"{field} must be true or false", field)
     return bool(value)
+
+
+def _include_usage(body: dict[str, Any]) -> bool:
+    """Judged here because prefill, which judges the rest, is not told: only decode streams."""
+    options = body.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise WrongRequest("stream_options must be an object", "stream_options")
+    usage = (options or {}).get("include_usage")
+    if usage is not None and not isinstance(usage, bool):
+        raise WrongRequest(
+            "stream_options.include_usage must be true or false", "stream_options.include_usage"
+        )
+    return bool(usage)
 
 
 def _prompt(body: dict[str, Any]) -> tuple[int, Prefix]:
