@@ -268,8 +268,9 @@ def peer() -> Iterator[int]:
     folder = cache / "disaggserve" / f"vllm-router-{PEER}"
     if not (folder / "bin" / "vllm-router").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, f"vllm-router=={PEER}"], check=True)
+        python = str(folder / "bin" / "python")
+        quiet = ("--quiet", "--disable-pip-version-check")
+        subprocess.run([python, "-m", "pip", "install", *quiet, f"vllm-router=={PEER}"], check=True)
     prefill, decode = (f"http://{HOST}:{PORTS[name]}" for name in ("prefill", "direct"))
     flags = f"--vllm-pd-disaggregation --prefill {prefill} --decode {decode} --host {HOST}"
     flags += f" --port {PORTS['vllm-router']} --prometheus-port {PORTS['metrics']} --log-level warning"

@@ -85,6 +85,7 @@ class Fake:
         self.says_seed = True  # so that an answer can go on elsewhere
         self.engine = "torch"
         self.pieces: list[bytes] | None = None
+        self.written = 0  # bytes that its socket has taken
         self.cancelled = 0
         self.released: list[str] = []
         self.book: Book | None = None  # what it tells of its load, where it does
@@ -175,6 +176,7 @@ class Fake:
             pieces = stream(n, chat, start, "return_token_ids" in body)
         for piece in self.pieces or pieces:
             await answer.write(piece)
+            self.written += len(piece)
             if self.dies == "mid":
                 assert http.transport is not None
                 http.transport.abort()
@@ -637,6 +639,37 @@ def test_a_client_that_goes_cancels_upstream() -> None:
             await until(lambda: p.cancelled, "prefill was told")
             await b.idle()
             assert await b.outcomes() == {"cancelled false": 2}
+
+    run(test())
+
+
+def test_a_slow_client_holds_its_instance_back() -> None:
+    """What a client does not take is not piled up in the router."""
+
+    async def test() -> None:
+        p, d = pair()
+        async with bench(p, d) as b:
+            text = "x" * 2**16
+            d.pieces = [frame(text) for _ in range(640)]
+            d.pieces += stream(2)
+            reader, writer = await asyncio.open_connection("127.0.0.1", b.router.config.port, limit=2**16)
+            body = json.dumps({"prompt": "a", "max_tokens": 642, "stream": True}).encode()
+            writer.write(
+                b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+            )
+            writer.write(body)
+            still, before = 0, -1
+            while still < 20:  # nothing has moved for a while
+                still, before = (still + 1, d.written) if d.written == before else (0, d.written)
+                await asyncio.sleep(0.02)
+            assert 0 < d.written < 30 * 2**20
+            got = 0
+            while not (piece := await reader.read(2**20)).endswith(b"0\r\n\r\n"):
+                got += len(piece)
+            writer.close()
+            assert got > 40 * 2**20
+            await b.idle()
+            assert await b.outcomes() == {"ok true": 1}
 
     run(test())
 
