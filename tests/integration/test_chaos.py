@@ -102,14 +102,10 @@ async def weather(
 def judge(storm: Storm, asks: list[Ask], ends: list[End], counted: dict[str, int]) -> None:
     assert [end.ask for end in ends] == asks
     assert [wrong for end in ends if (wrong := storm.wrong(end))] == []
-    failed = [end for end in ends if end.outcome not in ("ok", "cancelled")]
-    # A stream whose decode is killed ends with an honest error, until it is continued elsewhere.
-    assert all(end.outcome == "failed" and "instance_failed" in end.said for end in failed)
+    assert [end for end in ends if end.outcome not in ("ok", "cancelled")] == []
     # The router has counted each once. One that leaves at its last token may have been answered before that was seen.
-    assert sum(counted.values()) == len(asks)
-    assert counted.get(names.FAILED, 0) == len(failed)
+    assert sum(counted.values()) == counted.get(names.OK, 0) + counted.get(names.CANCELLED, 0) == len(asks)
     assert counted.get(names.CANCELLED, 0) <= sum(end.outcome == "cancelled" for end in ends)
-    assert counted.get(names.OK, 0) >= sum(end.outcome == "ok" for end in ends)
 
 
 def test_forty_streams(
