@@ -43,6 +43,8 @@ class Config:
     served_name: str
     pace: PaceFacts | None
     kv_blocks: int  # 0 = what fits
+    chunk: int  # tokens of a step with prompts in it; 0 = whole prompts
+    prefix_cache: bool  # keep the KV of prompts and answers for others that begin alike
     lease_s: float
     pod_ip: str
     pod_name: str
@@ -72,6 +74,17 @@ def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
     add("--served-name", default="", help="name in /v1/models; default: --model")
     add("--pace", default="", help="JSON: keep a real GPU's time with a tiny model")
     add("--kv-blocks", type=int, default=0, help="KV blocks of 16 tokens; default: what memory holds")
+    add(
+        "--chunk",
+        type=int,
+        default=0,
+        help="tokens of a step: decodes, and prompts cut to what is left; 0: whole prompts",
+    )
+    add(
+        "--prefix-cache",
+        action=argparse.BooleanOptionalAction,
+        help="keep full KV blocks for prompts that begin alike; default: yes, but no with --pace, as plans assume",
+    )
     add("--lease-s", type=float, default=60.0, help="seconds that un-pulled KV is kept")
     flags = parser.parse_args(argv)
     for name in ("tp", "pp"):
@@ -82,7 +95,14 @@ def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
         raise StartError(
             f"--tp {flags.tp} --pp {flags.pp}: this engine computes on one GPU only; give tp 1 and pp 1, or another engine."
         )
-    values = vars(flags) | {"pace": pace, "served_name": flags.served_name or flags.model}
+    if flags.chunk < 0:
+        raise StartError(f"--chunk is {flags.chunk}; it must be 0 (whole prompts) or a number of tokens.")
+    cache = pace is None if flags.prefix_cache is None else flags.prefix_cache
+    values = vars(flags) | {
+        "pace": pace,
+        "served_name": flags.served_name or flags.model,
+        "prefix_cache": cache,
+    }
     return Config(
         **values,
         pod_ip=env.get("POD_IP") or "127.0.0.1",

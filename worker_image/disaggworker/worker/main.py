@@ -149,10 +149,9 @@ class Worker:
             longest = min(config.context_length or model.max_positions, model.max_positions)
             text = Text(config.weights, min(longest, blocks * BLOCK_TOKENS))
             scheduler = Scheduler(
-                BlockManager(blocks),
-                may_prefill=config.role == "prefill",
-                may_decode=config.role == "decode",
+                BlockManager(blocks, cache=config.prefix_cache),
                 batch_tokens=self.pace.batch_tokens if self.pace else _BATCH_TOKENS,
+                chunk=config.chunk,
                 lanes=self.pace.times.pp if self.pace else 1,
             )
             engine = Engine(Runner(model, pool), scheduler, ends, self.pace, self._sink)
@@ -241,7 +240,7 @@ class Worker:
         engine = self._instance.engine
         scheduler = engine.scheduler
         return {
-            "waiting": len(scheduler.waiting) + len(scheduler.preempted),
+            "waiting": engine.waiting,
             "running": engine.running,
             "free_blocks": scheduler.blocks.free,
             "total_blocks": scheduler.blocks.total,

@@ -60,7 +60,11 @@ class Prefill:
                 first.set_result((token, finish))
 
         sequence = Sequence(
-            prompt, dataclasses.replace(ask.sampling, seed=seed), text.limit(ask, len(prompt)), on_token
+            prompt,
+            dataclasses.replace(ask.sampling, seed=seed),
+            text.limit(ask, len(prompt)),
+            on_token,
+            hand_off=True,
         )
         engine.submit(sequence)
         try:
