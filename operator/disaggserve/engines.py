@@ -12,6 +12,7 @@ from typing import Literal
 from disaggserve.api.errors import InvalidInput
 
 Role = Literal["prefill", "decode", "mixed"]
+RoleChange = Literal["door", "label"]
 
 
 class UnknownEngine(InvalidInput, ValueError):
@@ -28,6 +29,7 @@ class Engine:
     prefill_limit: int | None  # prompt tokens in one batch; None: L_m (latency.saturation_tokens)
     architectures: frozenset[str]  # of catalogue.Model.architecture
     flags: frozenset[str]  # the operator's own; `engine.args` may not name them
+    image: str = ""  # of its workers where the resource names none; empty: the release's own worker
     block_tokens: int = 16  # tokens per KV block
     prefix_cache: bool = False  # whether a prompt's KV is kept for others that begin alike
     quantised: frozenset[str] = frozenset()  # of catalogue.Model.quantised
@@ -42,6 +44,9 @@ class Engine:
     colocates: bool = (
         False  # one instance does prefill and decode, prompts whole or in chunks beside decode steps
     )
+    # How an instance takes another role without a new pod: asked at its own door (POST /role), or by its label alone, where
+    # its role is nothing but the router's decision. None: not at all.
+    role_change: RoleChange | None = None
 
 
 def _flags(text: str) -> frozenset[str]:
@@ -60,9 +65,11 @@ TORCH = Engine(
     ),
 )
 # vLLM's max_num_batched_tokens on data-centre GPUs. NixlConnector: P's one token is dropped, D's is the
-# user's first.
+# user's first. Beside what the operator sets itself, flags that would hide the API (keys, TLS, sockets), the counters that
+# the drain reads, or that put more than one engine behind one address and so behind one side channel.
 VLLM = Engine(
     "vllm",
+    image="vllm/vllm-openai:v0.32.0",  # what e2e/vllm holds the hand-off against
     handoff="pull",
     first_token_from="decode",
     prefill_limit=8192,
@@ -70,10 +77,12 @@ VLLM = Engine(
     architectures=frozenset({"opt", "llama", "qwen3", "mixtral", "qwen3_moe"}),
     quantised=frozenset({"fp8", "int8"}),
     colocates=True,
+    role_change="label",
     flags=_flags(
         "--model --served-model-name --revision --tensor-parallel-size -tp --pipeline-parallel-size -pp "
         "--host --port --max-model-len --dtype --kv-cache-dtype --block-size --kv-transfer-config "
-        "--shutdown-timeout --config"
+        "--shutdown-timeout --config --model-tag --api-key --ssl-keyfile --ssl-certfile --root-path --uds --headless "
+        "--disable-log-stats --data-parallel-size -dp --api-server-count -asc --nnodes"
     ),
 )
 # SGLang's chunked_prefill_size on data-centre GPUs. Decode reserves its blocks before prefill begins.
@@ -159,16 +168,17 @@ def refuse_start(engine: Engine, tp: int, pp: int, paired: bool, simulated: bool
     nodes (hardware.Node.simulated), whose paced workers take every shape of one pod. Plans are made and
     explained all the same; the operator says this in a condition before any pod exists.
     """
-    if engine is not TORCH:
+    if engine not in (TORCH, VLLM):
         return (
-            f"This release plans for {engine.name} but starts only torch workers; set engine.type to torch."
+            f"This release plans for {engine.name} but starts only torch and vllm workers, which it is tested against; "
+            "set engine.type to one of them."
         )
     if paired:
         return (
             "This release plans low-affinity pairs (prefill and decode in one container) but does not start "
             "them; choose planner.algorithm HighAffinity."
         )
-    if not simulated and not computes(engine, tp, pp):
+    if engine is TORCH and not simulated and not computes(engine, tp, pp):
         return (
             f"This release's torch worker computes on one GPU (tp 1, pp 1), not tp {tp}, pp {pp}; "
             "larger shapes run on simulated nodes only."
@@ -195,12 +205,17 @@ def refuse_args(engine: Engine, args: Iterable[str]) -> str | None:
     """Why `engine.args` cannot be passed on, in one sentence naming the first flag that the operator owns, or
     None.
 
-    `--flag=value` and spellings with `_` for `-` count as the flag.
+    `--flag=value`, vLLM's `--flag.key value`, spellings with `_` for `-` and abbreviations (argparse takes them) count as
+    the flag.
     """
     for arg in args:
         flag = arg.split("=", 1)[0]
         if flag.startswith("--"):
-            flag = "--" + flag[2:].replace("_", "-")
-        if flag in engine.flags:
-            return f"engine.args names {flag}, which the operator sets itself; leave it out."
+            flag = "--" + flag[2:].split(".", 1)[0].replace("_", "-")
+        short = len(flag) > 2 and flag.startswith("--")
+        owned = flag if flag in engine.flags else None
+        if owned is None and short:
+            owned = next((f for f in sorted(engine.flags) if f.startswith(flag)), None)
+        if owned:
+            return f"engine.args names {owned}, which the operator sets itself; leave it out."
     return None

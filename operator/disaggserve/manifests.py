@@ -6,10 +6,12 @@ Service; it and the rest are applied server-side with one field manager.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from disaggserve import engines, wire
 from disaggserve.api import manifest as api
 from disaggserve.api.model import seconds
 from disaggserve.api.plan import Slot
@@ -19,9 +21,12 @@ from disaggserve.plan import WORKER_CPU, WORKER_MEMORY, tolerations
 
 LABEL = "disaggserve.dev/"
 RESOURCE, ROLE, KEY, DRAIN = LABEL + "resource", LABEL + "role", LABEL + "pairing-key", LABEL + "drain"
+# On each pod, and no flag of the router's: while a resource changes its engine, pods of both stand side by side.
+ENGINE = LABEL + "engine"
 SHAPE, SLOT, ATTEMPT, REVISION, TEMPLATE = (
     LABEL + n for n in ("shape", "slot", "attempt", "revision", "template")
 )
+CHUNK = LABEL + "chunk"  # of a mixed instance, where it cuts prompts
 DRAIN_SINCE = LABEL + "drain-since"
 
 HTTP_PORT, KV_PORT = 8000, 5600
@@ -85,14 +90,15 @@ def _field(path: str) -> dict[str, Any]:
     return {"fieldRef": {"fieldPath": path}}
 
 
-def _env(pod: PodSpec) -> list[dict[str, Any]]:
+def _env(pod: PodSpec, engine: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     downward = {
         "POD_IP": "status.podIP",
         "POD_NAME": "metadata.name",
         "POD_NAMESPACE": "metadata.namespace",
         "NODE_NAME": "spec.nodeName",
     }
-    own = [{"name": name, "valueFrom": _field(path)} for name, path in downward.items()]
+    own: list[dict[str, Any]] = [{"name": n, "valueFrom": _field(path)} for n, path in downward.items()]
+    own += [{"name": name, "value": value} for name, value in (engine or {}).items()]
     return own + [{"name": e.name, "value": e.value} for e in pod.env]
 
 
@@ -191,16 +197,91 @@ def _weights(spec: Spec, image: str) -> tuple[dict[str, Any], dict[str, Any], li
     return {"name": "weights", "emptyDir": {}}, mount, [fetch]
 
 
+@dataclass(frozen=True)
+class _Served:
+    """What the engines' containers differ in."""
+
+    command: tuple[str, ...]
+    ready: str  # path that answers 200 only when requests can be served
+    image: str = ""  # where the spec names none; empty: the release's own
+    env: Mapping[str, str] = field(default_factory=dict)
+    drain: tuple[str, ...] = ()  # before SIGTERM; ends when nothing is in flight
+
+
+def _torch(spec: Spec, slot: Slot, context_length: int) -> _Served:
+    command = ["disaggworker", slot.role, "--model", spec.model.id, "--weights", WEIGHTS_PATH]
+    command += ["--served-name", spec.model.name, "--tp", str(slot.tp), "--pp", str(slot.pp)]
+    command += ["--context-length", str(context_length), "--dtype", spec.model.dtype]
+    command += ["--pairing-key", slot.pairing_key, "--port", str(HTTP_PORT), "--kv-port", str(KV_PORT)]
+    return _Served(tuple(command), "/ready")
+
+
+# vLLM goes on answering /health with 200 while it drains, and answers new requests with 500: so it is emptied before it is
+# told to end. Routers send nothing more from when they see the pod terminate; then its own counters must say twice in a
+# row that nothing runs, waits, or holds KV for a decode that has not fetched it. A server that does not answer is gone.
+_VLLM_DRAIN = """
+import os, re, time, urllib.request
+host, empty = os.environ["POD_IP"], 0
+url = f"http://[{host}]:PORT/metrics" if ":" in host else f"http://{host}:PORT/metrics"
+time.sleep(2)
+while empty < 2:
+    try:
+        text = urllib.request.urlopen(url, timeout=5).read().decode()
+    except OSError:
+        break
+    used = re.findall(r"^vllm:(?:num_requests_running|num_requests_waiting|kv_cache_usage_perc)\\{.*\\} (\\S+)$", text, re.M)
+    empty = empty + 1 if used and not any(map(float, used)) else 0
+    time.sleep(0.5)
+"""
+
+
+def _vllm(spec: Spec, slot: Slot, context_length: int) -> _Served:
+    """`vllm serve`, alike for both roles: NixlConnector does not look at the role, so which of the two an instance plays is
+    the router's decision. KV pairs only where `--model` is the same string on both sides: it is the mount's path."""
+    engine = engines.VLLM
+    transfer = {
+        "kv_connector": "NixlConnector",
+        "kv_role": "kv_both",
+        # A pull that fails ends its request, and the router begins it anew: the other way (recompute) would make a decode
+        # instance compute prompts behind the plan's back.
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {"kv_lease_duration": wire.VLLM_LEASE_S},
+    }
+    command = ["vllm", "serve", WEIGHTS_PATH, "--served-model-name", spec.model.name]
+    command += ["--tensor-parallel-size", str(slot.tp), "--pipeline-parallel-size", str(slot.pp)]
+    command += ["--max-model-len", str(context_length), "--dtype", spec.model.dtype]
+    command += ["--kv-cache-dtype", spec.model.kv_dtype, "--block-size", str(engine.block_tokens)]
+    command += ["--host", "$(POD_IP)", "--port", str(HTTP_PORT)]
+    command += ["--kv-transfer-config", json.dumps(transfer, sort_keys=True)]
+    # The default, 0, would cut off what is in flight at SIGTERM.
+    command += ["--shutdown-timeout", str(int(seconds(spec.rollout.drain_timeout)))]
+    # When its first token came, which an answer in one piece hides and the router must know; what of the prompt was cached.
+    command += ["--enable-per-request-metrics", "--enable-prompt-tokens-details"]
+    env = {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": "$(POD_IP)",  # what prefill tells decode to call; the default is localhost
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(KV_PORT),
+        "HOME": "/tmp",  # the only place to write: caches of compiled kernels go there
+        "HF_HUB_OFFLINE": "1",  # the weights are mounted
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    drain = ("python3", "-c", _VLLM_DRAIN.strip().replace("PORT", str(HTTP_PORT)))
+    return _Served(tuple(command), "/health", engine.image, env, drain)
+
+
 def worker_pod(
     owner: Owner, spec: Spec, slot: Slot, attempt: int, revision: int, context_length: int, images: Images
 ) -> dict[str, Any]:
     """The pod of one instance. Created, never applied: 409 means that it is there already."""
     pod = spec.engine.pod
-    image = spec.engine.image or images.worker
-    volume, mount, init = _weights(spec, image)
+    served = (_vllm if spec.engine.type == "vllm" else _torch)(spec, slot, context_length)
+    # Weights are fetched by our own worker: no other engine's image need know how.
+    volume, mount, init = _weights(
+        spec, images.worker if served.image else spec.engine.image or images.worker
+    )
     metadata = _metadata(owner, pod_name(owner.name, slot, attempt), "worker")
     metadata["labels"] |= {
         ROLE: slot.role,
+        ENGINE: spec.engine.type,
         KEY: slot.pairing_key,
         SHAPE: f"tp{slot.tp}pp{slot.pp}",
         SLOT: str(slot.slot),
@@ -208,35 +289,28 @@ def worker_pod(
         TEMPLATE: slot.template,
         REVISION: str(revision),
     }
+    if slot.chunk is not None:
+        metadata["labels"][CHUNK] = str(slot.chunk)
     metadata["annotations"] = {
         "prometheus.io/scrape": "true",
         "prometheus.io/port": str(HTTP_PORT),
         **pod.annotations,
     }
-    command = ["disaggworker", slot.role, "--model", spec.model.id, "--weights", WEIGHTS_PATH]
-    command += ["--served-name", spec.model.name, "--tp", str(slot.tp), "--pp", str(slot.pp)]
-    command += [
-        "--context-length",
-        str(context_length),
-        "--dtype",
-        spec.model.dtype,
-        "--pairing-key",
-        slot.pairing_key,
-    ]
-    command += ["--port", str(HTTP_PORT), "--kv-port", str(KV_PORT), *spec.engine.args]
     startup_period_s = 2
     container = {
         "name": "worker",
-        "image": image,
-        "command": command,
-        "env": _env(pod),
+        "image": spec.engine.image or served.image or images.worker,
+        "command": [*served.command, *spec.engine.args],
+        "env": _env(pod, served.env),
         "ports": [{"name": "http", "containerPort": HTTP_PORT}, {"name": "kv", "containerPort": KV_PORT}],
         "resources": _resources(pod, {GPU_RESOURCE: slot.gpus}, WORKER_MEMORY),
         "securityContext": _security(pod),
         "startupProbe": _probe(
-            "/ready", startup_period_s, max(1, int(seconds(spec.rollout.ready_timeout) // startup_period_s))
+            served.ready,
+            startup_period_s,
+            max(1, int(seconds(spec.rollout.ready_timeout) // startup_period_s)),
         ),
-        "readinessProbe": _probe("/ready", 2, 2),
+        "readinessProbe": _probe(served.ready, 2, 2),
         "livenessProbe": _probe("/health", 10, 6),
         "terminationMessagePolicy": "FallbackToLogsOnError",  # why it ended, in its own last words, for the condition
         "volumeMounts": [
@@ -245,6 +319,8 @@ def worker_pod(
             {"name": "shm", "mountPath": "/dev/shm"},
         ],
     }
+    if served.drain:
+        container["lifecycle"] = {"preStop": {"exec": {"command": list(served.drain)}}}
     affinity = {"matchFields": [{"key": "metadata.name", "operator": "In", "values": [slot.node]}]}
     body: dict[str, Any] = {
         "restartPolicy": "Always",

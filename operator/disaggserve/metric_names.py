@@ -49,6 +49,7 @@ ROUTER_INPUT_TOKENS = "disaggserve_router_input_tokens_total"  # {input_bucket}
 ROUTER_OUTPUT_TOKENS = "disaggserve_router_output_tokens_total"  # {output_bucket}
 ROUTER_UNCACHED_TOKENS = "disaggserve_router_uncached_input_tokens_total"
 ROUTER_RETRIES = "disaggserve_router_retries_total"  # {role}: of the instance that failed
+ROUTER_CONTINUATIONS = "disaggserve_router_continuations_total"
 ROUTER_TTFT = "disaggserve_router_ttft_seconds"
 ROUTER_TPOT = "disaggserve_router_tpot_seconds"
 ROUTER_IN_FLIGHT = "disaggserve_router_in_flight"  # {instance_name, role}
@@ -72,6 +73,13 @@ VLLM_QUEUE_TIME = "vllm:request_queue_time_seconds"
 VLLM_PREFILL_TIME = "vllm:request_prefill_time_seconds"
 VLLM_DECODE_TIME = "vllm:request_decode_time_seconds"
 VLLM_PREEMPTIONS = "vllm:num_preemptions_total"
+VLLM_PROMPT_TOKENS_BY_SOURCE = "vllm:prompt_tokens_by_source_total"  # {source}
+VLLM_EXTERNAL = "external_kv_transfer"  # the source of what was pulled
+VLLM_KV_EXPIRED = "vllm:nixl_num_kv_expired_reqs_total"  # on prefill
+VLLM_KV_LATE = (
+    "vllm:nixl_num_notifications_after_expiry_total"  # on prefill: pulls of KV that was no longer held
+)
+VLLM_KV_FAILED = "vllm:nixl_num_failed_transfers_total"
 
 # ------------------------------------------------------------------------------------------------ help texts
 
@@ -85,6 +93,7 @@ HELP = {
     ROUTER_OUTPUT_TOKENS: "Generated tokens of the requests answered in full, by bucket of output length.",
     ROUTER_UNCACHED_TOKENS: "Prompt tokens that prefill computed, not found in a prefix cache.",
     ROUTER_RETRIES: "Attempts that an instance of this role failed and that were made again elsewhere.",
+    ROUTER_CONTINUATIONS: "Answers that went on at other instances after the client had their first tokens.",
     ROUTER_TTFT: "Arrival at the router to the first token at the router, in seconds.",
     ROUTER_TPOT: "Time from first to last token at the router / (tokens - 1), in seconds; requests of two tokens and more.",
     ROUTER_IN_FLIGHT: "Requests in flight on an instance, as this router sees it.",
@@ -104,6 +113,10 @@ HELP = {
     VLLM_PREFILL_TIME: "Time that a request's prefill took, in seconds.",
     VLLM_DECODE_TIME: "Time from a request's first token to its last, in seconds.",
     VLLM_PREEMPTIONS: "Requests put back for want of KV blocks.",
+    VLLM_PROMPT_TOKENS_BY_SOURCE: "Prompt tokens by where their KV came from.",
+    VLLM_KV_EXPIRED: "Requests whose KV nobody fetched before its lease ended.",
+    VLLM_KV_LATE: "Fetches of KV whose lease had ended: what they got may be another request's.",
+    VLLM_KV_FAILED: "Fetches of KV that failed.",
 }
 
 # ------------------------------------------------------------------------------------------------ edges

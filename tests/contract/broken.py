@@ -58,7 +58,7 @@ BROKEN: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         "spec.workload.minRate",
     ),
     "no engine type": (_with("spec.engine", {}), "spec.engine.type"),
-    "an engine of a later release": (_with("spec.engine.type", "vllm"), "spec.engine.type"),
+    "an engine of a later release": (_with("spec.engine.type", "sglang"), "spec.engine.type"),
     "a flag that the operator owns": (_with("spec.engine.args", ["--tp=4"]), "spec.engine.args"),
     "an unknown search": (_with("spec.planner", {"algorithm": "Greedy"}), "spec.planner.algorithm"),
     "a price of nothing": (

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +54,17 @@ RICH = spec(
     },
 )
 
+VLLM = spec(
+    model={"id": "facebook/opt-13b", "weights": {"hub": {}}, "servedName": "chat"},
+    engine={
+        "type": "vllm",
+        "args": ["--max-num-seqs", "64"],
+        "pod": {"resources": {"rdma": {"rdma/hca": 1}}},
+    },
+    rollout={"drainTimeout": "5m"},
+)
+VLLM_AS_RESTRICTED = spec(engine={"type": "vllm"})  # without RDMA, which needs IPC_LOCK
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
@@ -59,7 +74,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
         yield plane
 
 
-@pytest.mark.parametrize("of", [spec(), RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize("of", [spec(), RICH, VLLM_AS_RESTRICTED], ids=["plain", "rich", "vllm"])
 def test_everything_is_accepted_under_restricted(cluster: ControlPlane, of: Spec) -> None:
     pod = manifests.worker_pod(OWNER, of, slot(of), 0, 1, 2048, IMAGES)
     objects = [pod, manifests.disruption_budget(OWNER, 3), *manifests.around(OWNER, of, 2048, IMAGES)]
@@ -125,3 +140,84 @@ def test_identity_follows_what_it_hashes() -> None:
     )
     assert plan.pairing_key(base) == plan.pairing_key(other_args)
     assert plan.template(base) != plan.template(other_args)
+
+
+def test_a_vllm_pod_is_the_same_server_whatever_its_role() -> None:
+    """Exact, because every flag is there for a reason that was measured (REFERENCE § 7)."""
+    prefill, decode = (
+        manifests.worker_pod(OWNER, VLLM, slot(VLLM, role=role), 0, 1, 2048, IMAGES)
+        for role in ("prefill", "decode")
+    )
+    assert prefill["spec"] == decode["spec"]
+    assert {p["metadata"]["labels"][manifests.ENGINE] for p in (prefill, decode)} == {"vllm"}
+    [container], [fetch] = prefill["spec"]["containers"], prefill["spec"]["initContainers"]
+    assert (container["image"], fetch["image"]) == ("vllm/vllm-openai:v0.32.0", IMAGES.worker)
+    command = container["command"]
+    transfer = json.loads(command.pop(command.index("--kv-transfer-config") + 1))
+    assert transfer == {
+        "kv_connector": "NixlConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {"kv_lease_duration": 30},
+    }
+    assert command == [
+        *("vllm", "serve", "/models/weights", "--served-model-name", "chat"),
+        *("--tensor-parallel-size", "2", "--pipeline-parallel-size", "1", "--max-model-len", "2048"),
+        *("--dtype", "auto", "--kv-cache-dtype", "auto", "--block-size", "16"),
+        *("--host", "$(POD_IP)", "--port", "8000", "--kv-transfer-config", "--shutdown-timeout", "300"),
+        *("--enable-per-request-metrics", "--enable-prompt-tokens-details", "--max-num-seqs", "64"),
+    ]
+    env = [e["name"] for e in container["env"]]
+    assert env.index("POD_IP") < env.index("VLLM_NIXL_SIDE_CHANNEL_HOST"), (
+        "expanded from what stands before it"
+    )
+    values = {e["name"]: e.get("value") for e in container["env"]}
+    assert (values["VLLM_NIXL_SIDE_CHANNEL_HOST"], values["VLLM_NIXL_SIDE_CHANNEL_PORT"]) == (
+        "$(POD_IP)",
+        "5600",
+    )
+    probes = [container[k]["httpGet"]["path"] for k in ("startupProbe", "readinessProbe", "livenessProbe")]
+    assert probes == ["/health"] * 3
+    assert prefill["spec"]["terminationGracePeriodSeconds"] == 300
+
+
+@pytest.mark.parametrize("held", ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"])
+def test_a_vllm_pod_ends_when_its_counters_say_so(held: str) -> None:
+    """The very command of the manifest's preStop, against a server that holds something for a while."""
+    pod = manifests.worker_pod(OWNER, VLLM, slot(VLLM), 0, 1, 2048, IMAGES)
+    [_, flag, script] = pod["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    busy = 3
+    asked: list[str] = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            numbers = {name: 0.5 if name == held and len(asked) <= busy else 0.0 for name in names}
+            lines = [f'vllm:{n}{{engine="0",model_name="a {{b}}"}} {v}' for n, v in numbers.items()]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(("\n".join(lines) + "\n").encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    script = script.replace("8000", str(server.server_port)).replace("time.sleep", "(lambda _: None)")
+    try:
+        subprocess.run([sys.executable, flag, script], env={"POD_IP": "127.0.0.1"}, check=True, timeout=30)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert asked == ["/metrics"] * (busy + 2), "it ends at the second empty answer in a row, and not before"
+    subprocess.run(
+        [sys.executable, flag, script], env={"POD_IP": "127.0.0.1"}, check=True, timeout=30
+    )  # gone: at once
+
+
+def test_vllm_flags_and_image_are_part_of_its_pairing_key() -> None:
+    """It compares more than we set; a new image of the release is another vLLM."""
+    more = spec(engine={"type": "vllm", "args": ["--attention-backend", "FLASHINFER"]})
+    other = spec(engine={"type": "vllm", "image": "vllm/vllm-openai:v0.33.0"})
+    keys = {plan.pairing_key(s) for s in (spec(), spec(engine={"type": "vllm"}), more, other)}
+    assert len(keys) == 4

@@ -87,7 +87,7 @@ class World(Bench):
             self.engine.release(self.held.pop(number))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(worlds)
 def test_every_sequence_ends_right_and_nothing_leaks(world: dict[str, Any]) -> None:
     events = world.pop("events")

@@ -39,8 +39,9 @@ def test_shapes(engine, role, shape, other, refused):
         (TORCH, 8, 2, False, True, None),
         (TORCH, 1, 1, True, False, "low-affinity pairs"),
         (TORCH, 1, 1, True, True, "low-affinity pairs"),
-        (VLLM, 1, 1, False, False, "starts only torch"),
-        (SGLANG, 1, 1, False, True, "starts only torch"),
+        (VLLM, 8, 1, False, False, None),
+        (VLLM, 1, 1, True, False, "low-affinity pairs"),
+        (SGLANG, 1, 1, False, True, "starts only torch and vllm"),
     ],
 )
 def test_what_this_release_starts(engine, tp, pp, paired, simulated, words):
@@ -85,6 +86,10 @@ def test_architectures():
         (VLLM, ["--enforce-eager", "--tensor_parallel_size=2"], "--tensor-parallel-size"),
         (VLLM, ["-tp", "2"], "-tp"),
         (VLLM, ["--kv-transfer-config", "{}"], "--kv-transfer-config"),
+        (VLLM, ["--kv-transfer-config.kv_role", "kv_producer"], "--kv-transfer-config"),
+        (VLLM, ["--kv_tr={}"], "--kv-transfer-config"),
+        (VLLM, ["--api-key", "k"], "--api-key"),
+        (VLLM, ["--max-num-seqs", "16", "--kv-cache-memory-bytes=1"], None),
         (SGLANG, ["--disaggregation-mode=prefill"], "--disaggregation-mode"),
         (SGLANG, ["--mem-fraction-static", "0.8"], None),
     ],

@@ -39,6 +39,8 @@ OWNED_FLAGS = (
     "--kv-port",
     "--kv-transfer-config",
     "--block-size",
+    "--kv-cache-dtype",
+    "--shutdown-timeout",
     "--pace",
 )
 
@@ -384,12 +386,12 @@ _OWNED_CEL = "[" + ", ".join(f"'{f}'" for f in OWNED_FLAGS) + "]"
 
 class EngineSpec(ApiModel):
     type: Literal["torch", "vllm", "sglang"] = Field(
-        description="The engine: torch is built in; vllm and sglang come later and are refused. No default. Example: torch."
+        description="The engine: torch is built in; vllm runs its own image; sglang is refused for now. No default. Example: torch."
     )
     image: LongText | None = Field(
         default=None,
         min_length=1,
-        description="Image of the workers; the release's own when left out. Example: example.com/disaggserve-worker:0.1.0.",
+        description="Image of the workers; when left out, the release's own for torch and the one it was tested with for vllm. Example: example.com/disaggserve-worker:0.1.0.",
     )
     args: tuple[LongText, ...] = Field(
         default=(),
@@ -401,9 +403,9 @@ class EngineSpec(ApiModel):
     rules = (
         _later(
             "type",
-            "self.type == 'torch'",
-            "only torch is carried out by this release; vllm and sglang come later",
-            lambda s: s.type == "torch",
+            "self.type != 'sglang'",
+            "sglang is planned for but not started until it has been tested against a real one; write torch or vllm",
+            lambda s: s.type != "sglang",
         ),
         Rule(
             f"!self.args.exists(a, a.split('=', 2)[0] in {_OWNED_CEL})",

@@ -84,14 +84,14 @@ class Engine:
         self.post(lambda: self.scheduler.add(sequence))
 
     def pulled(self, sequence: Sequence, prompt: list[int], frames: list[memoryview]) -> None:
-        """The KV of an admitted sequence has come: write it and let it decode."""
+        """The KV of all tokens but the last of an admitted sequence has come: write it and let it decode."""
 
         def act() -> None:
             if sequence.aborted or sequence.kv is None:
                 return
             sequence.prompt = prompt
-            self.pool.write(sequence.kv.blocks[: blocks_for(len(prompt))], frames)
-            sequence.computed = len(prompt)
+            sequence.computed = sequence.length - 1
+            self.pool.write(sequence.kv.blocks[: blocks_for(sequence.computed)], frames)
             self.scheduler.computed(sequence)
             self.scheduler.join(sequence)
 

@@ -136,7 +136,7 @@ class Scheduler:
         # Nobody begins while somebody waits to decode: the blocks are theirs.
         if self.preempted or self.waiting:
             return False
-        stays = not sequence.hand_off and sequence.max_tokens > 1
+        stays = not sequence.hand_off and sequence.max_tokens > len(sequence.output) + 1
         if not self._take(sequence, sequence.length + stays, 0):
             return False
         sequence.found = sequence.computed

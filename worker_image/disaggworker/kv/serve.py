@@ -42,6 +42,8 @@ class KVServer:
         """Binds at once; `serve` starts to answer. Raises `StartError`."""
         self._key, self._lease_s = pairing_key, lease_s
         self._leases: dict[str, Lease] = {}
+        self.expired = 0  # leases that ended with nobody having fetched the KV
+        self.late = 0  # pulls of hand-offs that are held no longer
         self._lock = threading.Lock()
         self._pool: Pool | None = None
         self._closed = threading.Event()
@@ -111,6 +113,7 @@ class KVServer:
             ended = [name for name, lease in self._leases.items() if lease.until_s < now]
         for name in ended:
             self.drop(name)
+        self.expired += len(ended)
 
     def _answer(self, frames: list[bytes]) -> list[bytes | memoryview]:
         try:
@@ -140,6 +143,7 @@ class KVServer:
         with self._lock:
             lease = self._leases.get(ask.handoff)
         if lease is None or lease.generation != ask.generation:
+            self.late += isinstance(ask, protocol.Pull)
             reason = f"The prefill worker no longer holds hand-off {ask.handoff!r}: its lease of {self._lease_s:g} s ended, or it was released."
             return protocol.Refused(ask=ask.ask, code="expired", reason=reason)
         return None

@@ -16,6 +16,7 @@ from torch.nn.functional import embedding, linear, silu
 
 from disaggworker.engine.attention import Attention
 from disaggworker.errors import StartError
+from disaggworker.model.share import WHOLE, Share
 from disaggworker.model.weights import Weights
 
 Affine = tuple[Tensor, Tensor | None]
@@ -57,39 +58,59 @@ def inverse_frequencies(config: Mapping[str, Any], head_dim: int) -> Tensor:
 class Llama:
     """Sizes as every model here has them, and `forward`. Raises `StartError` for a window, which is not known."""
 
-    def __init__(self, config: Mapping[str, Any], weights: Weights) -> None:
+    def __init__(self, config: Mapping[str, Any], weights: Weights, share: Share = WHOLE) -> None:
         if config.get("use_sliding_window"):
             raise StartError(
                 "config.json sets use_sliding_window; only attention over the whole context is known."
             )
-        self.layers = int(config["num_hidden_layers"])
-        self.heads = int(config["num_attention_heads"])
-        self.kv_heads = int(config.get("num_key_value_heads") or self.heads)
+        layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        ffn = int(config["intermediate_size"])
+        share.check(layers=layers, heads=heads, kv_heads=kv_heads, ffn=ffn)
+        self.share = share
+        self.layer_range, self.kv_head_range = share.layers(layers), share.kv_heads(kv_heads)
+        self.layers, self.kv_heads = len(self.layer_range), len(self.kv_head_range)
+        self.heads = heads // share.tp
         self.hidden = int(config["hidden_size"])
-        self.head_dim = int(config.get("head_dim") or self.hidden // self.heads)
+        self.head_dim = int(config.get("head_dim") or self.hidden // heads)
         self.max_positions = int(config["max_position_embeddings"])
+        self.dtype, self.device = weights.dtype, weights.device
         self._epsilon = float(config.get("rms_norm_eps", 1e-6))
-        self._tokens = weights.take("model.embed_tokens.weight")
-        self.dtype, self.device = self._tokens.dtype, self._tokens.device
-        self._head = (
-            weights.take("lm_head.weight") if not config.get("tie_word_embeddings", False) else self._tokens
-        )
-        self._final = weights.take("model.norm.weight")
+        tied = bool(config.get("tie_word_embeddings", False))
+        table, head = "model.embed_tokens.weight", "model.embed_tokens.weight" if tied else "lm_head.weight"
+        self.vocabulary = weights.rows(head)
+        own = share.vocabulary(self.vocabulary)
+        if share.first:
+            self._tokens = weights.take(table)
+        if share.last:
+            self._head = self._tokens[own] if tied and share.first else weights.take(head, own)
+            self._final = weights.take("model.norm.weight")
+        self._q, self._kv = share.part(heads, self.head_dim), _rows(self.kv_head_range, self.head_dim)
+        self._ffn = share.part(ffn)
         head_norms = config["model_type"] == "qwen3"
-        self._layers = [self._layer(weights, f"model.layers.{i}.", head_norms) for i in range(self.layers)]
+        self._layers = [self._layer(weights, f"model.layers.{i}.", head_norms) for i in self.layer_range]
         self._frequencies = inverse_frequencies(config, self.head_dim).to(self.device)
 
-    @staticmethod
-    def _layer(weights: Weights, at: str, head_norms: bool) -> _Layer:
-        q_norm, k_norm = f"{at}self_attn.q_norm.weight", f"{at}self_attn.k_norm.weight"
+    def _layer(self, weights: Weights, at: str, head_norms: bool) -> _Layer:
+        attention, mlp = at + "self_attn.", at + "mlp."
+        first = self.share.tp_rank == 0  # of what is summed over the ranks, one adds the bias
         return _Layer(
-            qkv=weights.fused(*(f"{at}self_attn.{part}_proj" for part in "qkv")),
-            out=weights.linear(at + "self_attn.o_proj"),
-            gate_up=weights.fused(at + "mlp.gate_proj", at + "mlp.up_proj"),
-            down=weights.linear(at + "mlp.down_proj"),
+            qkv=weights.fused(
+                (attention + "q_proj", self._q),
+                (attention + "k_proj", self._kv),
+                (attention + "v_proj", self._kv),
+            ),
+            out=weights.linear(attention + "o_proj", columns=self._q, bias=first),
+            gate_up=weights.fused((mlp + "gate_proj", self._ffn), (mlp + "up_proj", self._ffn)),
+            down=weights.linear(mlp + "down_proj", columns=self._ffn, bias=first),
             attention_norm=weights.take(at + "input_layernorm.weight"),
             ffn_norm=weights.take(at + "post_attention_layernorm.weight"),
-            head_norms=(weights.take(q_norm), weights.take(k_norm)) if head_norms else None,
+            head_norms=(
+                weights.take(attention + "q_norm.weight"),
+                weights.take(attention + "k_norm.weight"),
+            )
+            if head_norms
+            else None,
         )
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -97,9 +118,15 @@ class Llama:
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._epsilon)
         return weight * wide.to(x.dtype)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention, last: Tensor | None) -> Tensor:
-        """Logits `[batch, vocab]` after packed `tokens` `[n]` at `positions`; `last` names the rows to answer (None: all)."""
-        x = embedding(tokens, self._tokens)
+    def forward(self, x: Tensor, positions: Tensor, attention: Attention, last: Tensor | None) -> Tensor:
+        """This stage of one pass over packed tokens at `positions` `[n]`.
+
+        `x` is tokens `[n]` on the first stage, elsewhere what the stage before gave, `[n, hidden]`. The last stage gives
+        logits `[rows, own vocabulary]` of the rows that `last` names (None: all).
+        """
+        reduce = self.share.reduce
+        if self.share.first:
+            x = embedding(x, self._tokens)
         angle = positions[:, None].float() * self._frequencies
         angle = torch.cat((angle, angle), -1)[:, None, :]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -110,12 +137,18 @@ class Llama:
             if layer.head_norms:
                 q, k = self._norm(q, layer.head_norms[0]), self._norm(k, layer.head_norms[1])
             mixed = attention(number, _rotate(q, cos, sin), _rotate(k, cos, sin), v)
-            x = x + linear(mixed, *layer.out)
+            x = x + reduce(linear(mixed, *layer.out))
             gate, up = linear(self._norm(x, layer.ffn_norm), *layer.gate_up).chunk(2, -1)
-            x = x + linear(silu(gate) * up, *layer.down)
+            x = x + reduce(linear(silu(gate) * up, *layer.down))
+        if not self.share.last:
+            return x
         if last is not None:
             x = x.index_select(0, last)
         return linear(self._norm(x, self._final), self._head)
+
+
+def _rows(heads: range, width: int) -> slice:
+    return slice(heads.start * width, heads.stop * width)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

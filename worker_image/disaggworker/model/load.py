@@ -14,26 +14,30 @@ from disaggworker.engine.attention import Attention
 from disaggworker.errors import StartError
 from disaggworker.model.llama import Llama
 from disaggworker.model.opt import OPT
+from disaggworker.model.share import WHOLE, Share
 from disaggworker.model.weights import Weights
 from disaggworker.model.weights import config as read_config
 
 
 class Model(Protocol):
-    """What the engine needs of a decoder."""
+    """What the engine needs of a decoder, or of the share of one that this rank holds."""
 
-    layers: int
+    share: Share
+    layer_range: range  # its layers in the whole model
+    layers: int  # so many are they
+    kv_head_range: range
     kv_heads: int
     head_dim: int
+    hidden: int
+    vocabulary: int  # of the whole model
     max_positions: int
     dtype: torch.dtype
     device: torch.device
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor, attention: Attention, last: Tensor | None
-    ) -> Tensor: ...
+    def forward(self, x: Tensor, positions: Tensor, attention: Attention, last: Tensor | None) -> Tensor: ...
 
 
-_ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any], Weights], Model]] = {
+_ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any], Weights, Share], Model]] = {
     "opt": OPT,
     "llama": Llama,
     "qwen3": Llama,
@@ -42,9 +46,10 @@ _ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any], Weights], Model]] = {
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def load(folder: Path, dtype: str) -> tuple[Model, frozenset[int]]:
-    """The model in `folder` and its end-of-text tokens. Raises `StartError`.
+def load(folder: Path, dtype: str, share: Share = WHOLE) -> tuple[Model, frozenset[int]]:
+    """The model in `folder`, or a share of it, and its end-of-text tokens. Raises `StartError`.
 
+    On a GPU that is the current one. Of the weights only the share's are read.
     dtype `auto` is the config's, but float32 on a CPU for float16, which a CPU is slow at.
     """
     config = read_config(folder)
@@ -59,7 +64,7 @@ def load(folder: Path, dtype: str) -> tuple[Model, frozenset[int]]:
     if dtype == "auto" and device.type == "cpu" and chosen == torch.float16:
         chosen = torch.float32
     try:
-        model = _ARCHITECTURES[kind](config, Weights(folder, chosen, device))
+        model = _ARCHITECTURES[kind](config, Weights(folder, chosen, device), share)
     except KeyError as e:
         raise StartError(f"{folder}/config.json lacks {e}.") from None
     return model, _ends(folder, config)

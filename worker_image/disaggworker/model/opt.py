@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import embedding, layer_norm, linear, relu
 
 from disaggworker.engine.attention import Attention
+from disaggworker.model.share import WHOLE, Share
 from disaggworker.model.weights import Weights
 
 _OFFSET = 2  # rows before the first position in OPT's table
@@ -31,33 +31,44 @@ class _Layer:
 class OPT:
     """Sizes as every model here has them, and `forward`."""
 
-    def __init__(self, config: Mapping[str, Any], weights: Weights) -> None:
-        self.layers = int(config["num_hidden_layers"])
-        self.heads = self.kv_heads = int(config["num_attention_heads"])
+    def __init__(self, config: Mapping[str, Any], weights: Weights, share: Share = WHOLE) -> None:
+        layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+        ffn = int(config["ffn_dim"])
+        share.check(layers=layers, heads=heads, kv_heads=heads, ffn=ffn)
+        self.share = share
+        self.layer_range, self.kv_head_range = share.layers(layers), share.kv_heads(heads)
+        self.layers, self.kv_heads = len(self.layer_range), len(self.kv_head_range)
         self.hidden = int(config["hidden_size"])
-        self.head_dim = self.hidden // self.heads
+        self.head_dim = self.hidden // heads
         self.max_positions = int(config["max_position_embeddings"])
+        self.dtype, self.device = weights.dtype, weights.device
         self._norm_before = bool(config.get("do_layer_norm_before", True))
         base = "model.decoder."
-        self._tokens = weights.take(base + "embed_tokens.weight")
-        self._positions = weights.take(base + "embed_positions.weight")
-        self._project_in = self._optional(weights, base + "project_in")
-        self._project_out = self._optional(weights, base + "project_out")
-        self._final = self._optional(weights, base + "final_layer_norm")
-        self._layers = [self._layer(weights, f"{base}layers.{i}.") for i in range(self.layers)]
-        self.dtype, self.device = self._tokens.dtype, self._tokens.device
+        self.vocabulary = weights.rows(base + "embed_tokens.weight")
+        own = share.vocabulary(self.vocabulary)
+        if share.first:
+            self._tokens = weights.take(base + "embed_tokens.weight")
+            self._positions = weights.take(base + "embed_positions.weight")
+            self._project_in = self._optional(weights, base + "project_in")
+        if share.last:
+            # Embeddings are tied.
+            self._head = self._tokens[own] if share.first else weights.take(base + "embed_tokens.weight", own)
+            self._project_out = self._optional(weights, base + "project_out")
+            self._final = self._optional(weights, base + "final_layer_norm")
+        self._attention, self._ffn = share.part(heads, self.head_dim), share.part(ffn)
+        self._layers = [self._layer(weights, f"{base}layers.{i}.") for i in self.layer_range]
 
     @staticmethod
     def _optional(weights: Weights, name: str) -> Affine | None:
         return weights.linear(name) if f"{name}.weight" in weights else None
 
-    @staticmethod
-    def _layer(weights: Weights, at: str) -> _Layer:
+    def _layer(self, weights: Weights, at: str) -> _Layer:
+        first = self.share.tp_rank == 0  # of what is summed over the ranks, one adds the bias
         return _Layer(
-            qkv=weights.fused(*(f"{at}self_attn.{part}_proj" for part in "qkv")),
-            out=weights.linear(at + "self_attn.out_proj"),
-            up=weights.linear(at + "fc1"),
-            down=weights.linear(at + "fc2"),
+            qkv=weights.fused(*((f"{at}self_attn.{part}_proj", self._attention) for part in "qkv")),
+            out=weights.linear(at + "self_attn.out_proj", columns=self._attention, bias=first),
+            up=weights.linear(at + "fc1", self._ffn),
+            down=weights.linear(at + "fc2", columns=self._ffn, bias=first),
             attention_norm=weights.linear(at + "self_attn_layer_norm"),
             ffn_norm=weights.linear(at + "final_layer_norm"),
         )
@@ -65,26 +76,34 @@ class OPT:
     def _norm(self, x: Tensor, affine: Affine) -> Tensor:
         return layer_norm(x, (self.hidden,), *affine)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention, last: Tensor | None) -> Tensor:
-        """Logits `[batch, vocab]` after packed `tokens` `[n]` at `positions`; `last` names the rows to answer (None: all)."""
-        x = embedding(tokens, self._tokens)
-        if self._project_in:
-            x = linear(x, *self._project_in)
-        x = x + embedding(positions + _OFFSET, self._positions)
+    def forward(self, x: Tensor, positions: Tensor, attention: Attention, last: Tensor | None) -> Tensor:
+        """This stage of one pass over packed tokens at `positions` `[n]`.
+
+        `x` is tokens `[n]` on the first stage, elsewhere what the stage before gave, `[n, hidden]`. The last stage gives
+        logits `[rows, own vocabulary]` of the rows that `last` names (None: all).
+        """
+        reduce = self.share.reduce
+        if self.share.first:
+            x = embedding(x, self._tokens)
+            if self._project_in:
+                x = linear(x, *self._project_in)
+            x = x + embedding(positions + _OFFSET, self._positions)
         for number, layer in enumerate(self._layers):
             h = self._norm(x, layer.attention_norm) if self._norm_before else x
-            q, k, v = linear(h, *layer.qkv).view(-1, 3, self.heads, self.head_dim).unbind(1)
-            x = x + linear(attention(number, q, k, v), *layer.out)
+            q, k, v = linear(h, *layer.qkv).view(len(x), 3, -1, self.head_dim).unbind(1)
+            x = x + reduce(linear(attention(number, q, k, v), *layer.out))
             if not self._norm_before:
                 x = self._norm(x, layer.attention_norm)
             h = self._norm(x, layer.ffn_norm) if self._norm_before else x
-            x = x + linear(relu(linear(h, *layer.up)), *layer.down)
+            x = x + reduce(linear(relu(linear(h, *layer.up)), *layer.down))
             if not self._norm_before:
                 x = self._norm(x, layer.ffn_norm)
+        if not self.share.last:
+            return x
         if last is not None:
             x = x.index_select(0, last)
         if self._final:
             x = self._norm(x, self._final)
         if self._project_out:
             x = linear(x, *self._project_out)
-        return torch.matmul(x, self._tokens.T)
+        return linear(x, self._head)

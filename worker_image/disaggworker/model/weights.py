@@ -13,6 +13,8 @@ from torch import Tensor
 
 from disaggworker.errors import StartError
 
+ALL = slice(None)
+
 
 def config(folder: Path) -> dict[str, Any]:
     """The folder's config.json. Raises `StartError`."""
@@ -33,9 +35,10 @@ def config(folder: Path) -> dict[str, Any]:
 class Weights:
     """Tensors by name, moved to one device and dtype as they are taken. Names may or may not begin with `model.`."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None, device: torch.device) -> None:
-        """`dtype` None: the checkpoint's. Raises `StartError`."""
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises `StartError`."""
         self.folder, self.dtype, self.device = folder, dtype, device
+        self.taken_bytes = 0  # of the checkpoint, so far
         files = sorted(folder.glob("*.safetensors"))
         index = folder / "model.safetensors.index.json"
         if index.is_file():
@@ -59,21 +62,36 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._files or name.removeprefix("model.") in self._files
 
-    def take(self, name: str) -> Tensor:
-        """The tensor of that name. Raises `StartError` if there is none."""
+    def _open(self, name: str) -> Any:
         key = name if name in self._files else name.removeprefix("model.")
         if key not in self._files:
             raise StartError(f"{self.folder} lacks the tensor {name}.")
-        tensor: Tensor = self._files[key].get_tensor(key)
-        return tensor.to(device=self.device, dtype=self.dtype or tensor.dtype)
+        return self._files[key].get_slice(key)
 
-    def linear(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """Weight and, if there is one, bias."""
-        bias = f"{name}.bias"
-        return self.take(f"{name}.weight"), self.take(bias) if bias in self else None
+    def rows(self, name: str) -> int:
+        """How many rows the whole tensor has. Raises `StartError` if there is none."""
+        return int(self._open(name).get_shape()[0])
 
-    def fused(self, *names: str) -> tuple[Tensor, Tensor | None]:
-        """Several layers with one input as one: fewer, larger multiplications."""
-        parts = [self.linear(name) for name in names]
-        biases = [bias for _, bias in parts if bias is not None]
-        return torch.cat([w for w, _ in parts]), torch.cat(biases) if biases else None
+    def take(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Tensor:
+        """These rows and columns of the tensor of that name; no other is read. Raises `StartError` if there is none."""
+        # A slice is a view of the file's mapping: pages that nobody copies from are not read.
+        stored = self._open(name)
+        tensor: Tensor = stored[rows] if columns == ALL else stored[rows, columns]
+        self.taken_bytes += tensor.nbytes
+        return tensor.to(device=self.device, dtype=self.dtype).contiguous()
+
+    def linear(
+        self, name: str, rows: slice = ALL, columns: slice = ALL, bias: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight and, if there is one and it is wanted, bias. Rows are outputs, columns inputs."""
+        offset = f"{name}.bias"
+        return (
+            self.take(f"{name}.weight", rows, columns),
+            self.take(offset, rows) if bias and offset in self else None,
+        )
+
+    def fused(self, *parts: tuple[str, slice]) -> tuple[Tensor, Tensor | None]:
+        """Rows of several layers with one input as one layer: fewer, larger multiplications."""
+        taken = [self.linear(name, rows) for name, rows in parts]
+        biases = [bias for _, bias in taken if bias is not None]
+        return torch.cat([w for w, _ in taken]), torch.cat(biases) if biases else None

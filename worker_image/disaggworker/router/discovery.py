@@ -29,6 +29,7 @@ RESOURCE = "disaggserve.dev/resource"
 ROLE = "disaggserve.dev/role"
 PAIRING_KEY = "disaggserve.dev/pairing-key"
 DRAIN = "disaggserve.dev/drain"
+ENGINE = "disaggserve.dev/engine"
 
 _WATCH_S = 60  # the server ends a watch after so long; the client gives up on a silent one a little later
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S = 0.2, 5.0
@@ -56,6 +57,7 @@ def seen(pod: Json) -> Seen | None:
         url=f"http://{host}:{_port(pod)}",
         ready=ready and not meta.get("deletionTimestamp"),
         draining=labels.get(DRAIN) == "true",
+        engine=labels.get(ENGINE, "torch"),
     )
 
 
@@ -70,8 +72,8 @@ def _port(pod: Json) -> int:
 async def connect() -> k8s.ApiClient:
     """KUBECONFIG, else the pod's service account. Raises ConfigException."""
     configuration = k8s.Configuration()
-    if os.environ.get("KUBECONFIG"):
-        await k8s_config.load_kube_config(client_configuration=configuration)
+    if file := os.environ.get("KUBECONFIG"):
+        await k8s_config.load_kube_config(file, client_configuration=configuration)
     else:
         k8s_config.load_incluster_config(client_configuration=configuration)
     return k8s.ApiClient(configuration)
