@@ -60,6 +60,7 @@ ROUTER_QUEUED = "disaggserve_router_queued"
 WORKER_STEPS = "disaggserve_worker_steps_total"
 WORKER_LATE_STEPS = "disaggserve_worker_late_steps_total"
 WORKER_EMULATED = "disaggserve_worker_emulated"
+WORKER_KV_PULLS = "disaggserve_worker_kv_pulls_total"
 
 VLLM_TTFT = "vllm:time_to_first_token_seconds"
 VLLM_INTER_TOKEN = "vllm:inter_token_latency_seconds"
@@ -100,6 +101,7 @@ HELP = {
     ROUTER_QUEUED: "Accepted requests that no prefill instance has answered yet.",
     WORKER_STEPS: "Scheduler steps taken.",
     WORKER_LATE_STEPS: "Paced steps whose own computation took over 10 % longer than the pace.",
+    WORKER_KV_PULLS: "Hand-offs whose KV was pulled, by the transport that its bytes took.",
     WORKER_EMULATED: "1 where the time of a real GPU is kept by waiting, 0 where it is the hardware's own.",
     VLLM_TTFT: "Arrival at this worker to its first token, in seconds.",
     VLLM_INTER_TOKEN: "Time between two tokens of a request, in seconds.",

@@ -70,7 +70,9 @@ class World(Bench):
         self.scheduler.blocks.check_integrity()
         while self.admitted:
             sequence, text = self.admitted.pop()
-            self.engine.pulled(sequence, text, cast(Any, cells(text)))
+            assert sequence.kv  # also of one that was aborted meanwhile: somebody writes here
+            self.runner.write(sequence.kv.blocks, cells(text))
+            self.engine.pulled(sequence, text)
         prompts = [s for s, _ in self.asked if not s.on_admitted and not s.aborted]
         begun = [bool(s.scheduled_s) for s in prompts]
         assert begun == sorted(begun, reverse=True), "a later prompt began before an earlier one"

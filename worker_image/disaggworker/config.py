@@ -46,6 +46,8 @@ class Config:
     chunk: int  # tokens of a step with prompts in it; 0 = whole prompts
     prefix_cache: bool  # keep the KV of prompts and answers for others that begin alike
     lease_s: float
+    kv_share: bool  # the KV pool is memory that another process of this host may map
+    kv_checksum: bool  # pulled KV is held against checksums
     pod_ip: str
     pod_name: str
     node_name: str
@@ -86,6 +88,12 @@ def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
         help="keep full KV blocks for prompts that begin alike; default: yes, but no with --pace, as plans assume",
     )
     add("--lease-s", type=float, default=60.0, help="seconds that un-pulled KV is kept")
+    add(
+        "--kv-share",
+        action="store_true",
+        help="let a decode worker of the same container read KV from memory",
+    )
+    add("--kv-checksum", action="store_true", help="check that pulled KV arrives as it was sent; costs time")
     flags = parser.parse_args(argv)
     for name in ("tp", "pp"):
         if getattr(flags, name) < 1:

@@ -14,7 +14,6 @@ from disaggworker.engine.sampling import choose
 from disaggworker.engine.scheduler import Batch, Scheduler
 from disaggworker.engine.sequence import Sampling, Sequence, Token
 from disaggworker.engine.step import lay_out
-from disaggworker.kv.blocks import blocks_for
 from disaggworker.pace import Pace, Pipeline
 
 Event = tuple[Sequence, Token, str | None]
@@ -83,17 +82,18 @@ class Engine:
         sequence.arrived_s = self._clock()
         self.post(lambda: self.scheduler.add(sequence))
 
-    def pulled(self, sequence: Sequence, prompt: list[int], frames: list[memoryview]) -> None:
-        """The KV of all tokens but the last of an admitted sequence has come: write it and let it decode."""
+    def pulled(self, sequence: Sequence, prompt: list[int] | None) -> None:
+        """Nothing writes to the blocks of this admitted sequence any more. Its KV is in them, of this prompt, and it decodes;
+        None: the pull failed, and it is forgotten."""
 
         def act() -> None:
-            if sequence.aborted or sequence.kv is None:
-                return
+            sequence.pulling = False
+            if sequence.aborted or sequence.kv is None or prompt is None:
+                return self.scheduler.leave(sequence)
             sequence.prompt = prompt
             sequence.computed = sequence.length - 1
-            self.pool.write(sequence.kv.blocks[: blocks_for(sequence.computed)], frames)
             self.scheduler.computed(sequence)
-            self.scheduler.join(sequence)
+            return self.scheduler.join(sequence)
 
         self.post(act)
 
@@ -170,6 +170,7 @@ class Engine:
         self._drain()
         for sequence in self.scheduler.admit():
             assert sequence.on_admitted
+            sequence.pulling = True
             sequence.on_admitted()
         if len(self._flying) >= self._pipeline.stages or now < self._pipeline.free_s:
             self._idle = False

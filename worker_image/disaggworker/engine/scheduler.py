@@ -66,11 +66,11 @@ class Scheduler:
         self.lanes[sequence.lane].append(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is; its blocks go once no step holds it."""
+        """Forget a sequence, wherever it is; its blocks go once no step and no pull holds it."""
         for queue in (self.lanes[sequence.lane], self.prompts, self.waiting, self.preempted):
             if sequence in queue:
                 queue.remove(sequence)
-        if not sequence.in_flight:
+        if not sequence.in_flight and not sequence.pulling:
             self.free(sequence)
 
     def free(self, sequence: Sequence) -> None:

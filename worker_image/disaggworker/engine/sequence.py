@@ -45,6 +45,7 @@ class Sequence:
     on_admitted: Callable[[], None] | None = None  # prefilled elsewhere: `kv` is there to pull into
     aborted: bool = False
     in_flight: int = 0  # steps that hold it and whose time is not over
+    pulling: bool = False  # somebody writes to its blocks from outside the engine: they must not be freed
     lane: int = 0  # decode with pipeline stages
     found: int = 0  # prompt tokens that the prefix cache had
     keys: list[bytes] = dataclasses.field(default_factory=list)  # of its full blocks, as far as asked for
