@@ -213,6 +213,8 @@ def _torch(spec: Spec, slot: Slot, context_length: int) -> _Served:
     command += ["--served-name", spec.model.name, "--tp", str(slot.tp), "--pp", str(slot.pp)]
     command += ["--context-length", str(context_length), "--dtype", spec.model.dtype]
     command += ["--pairing-key", slot.pairing_key, "--port", str(HTTP_PORT), "--kv-port", str(KV_PORT)]
+    if slot.chunk is not None:
+        command += ["--chunk", str(slot.chunk)]
     return _Served(tuple(command), "/ready")
 
 

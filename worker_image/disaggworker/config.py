@@ -12,7 +12,7 @@ from typing import Literal
 
 from disaggworker.errors import StartError
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "mixed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PaceFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A prefill or decode worker's settings."""
+    """A worker's settings; `role` is the one that it begins with."""
 
     role: Role
     model: str
@@ -63,7 +63,7 @@ def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
     env = os.environ if env is None else env
     parser = _Parser(prog="disaggworker", allow_abbrev=False)
     add = parser.add_argument
-    add("role", choices=["prefill", "decode"])
+    add("role", choices=["prefill", "decode", "mixed"], help="mixed does both; POST /role changes it")
     add("--model", required=True, help="Hugging Face id")
     add("--weights", required=True, type=Path, help="folder of safetensors, config.json and tokenizer.json")
     add("--tp", type=int, default=1, help="tensor-parallel GPUs")
