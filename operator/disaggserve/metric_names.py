@@ -78,7 +78,7 @@ VLLM_PREEMPTIONS = "vllm:num_preemptions_total"
 VLLM_CACHE_QUERIES = "vllm:prefix_cache_queries_total"
 VLLM_CACHE_HITS = "vllm:prefix_cache_hits_total"
 VLLM_PROMPT_TOKENS_BY_SOURCE = "vllm:prompt_tokens_by_source_total"  # {source}
-VLLM_EXTERNAL = "external_kv_transfer"  # the source of what was pulled
+PULLED = "external_kv_transfer"  # the source of what was pulled
 VLLM_KV_EXPIRED = "vllm:nixl_num_kv_expired_reqs_total"  # on prefill
 VLLM_KV_LATE = (
     "vllm:nixl_num_notifications_after_expiry_total"  # on prefill: pulls of KV that was no longer held
