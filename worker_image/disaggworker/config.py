@@ -8,11 +8,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from disaggworker.errors import StartError
 
 Role = Literal["prefill", "decode", "mixed"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
     env = os.environ if env is None else env
     parser = _Parser(prog="disaggworker", allow_abbrev=False)
     add = parser.add_argument
-    add("role", choices=["prefill", "decode", "mixed"], help="mixed does both; POST /role changes it")
+    add("role", choices=ROLES, help="mixed does both; POST /role changes it")
     add("--model", required=True, help="Hugging Face id")
     add("--weights", required=True, type=Path, help="folder of safetensors, config.json and tokenizer.json")
     add("--tp", type=int, default=1, help="tensor-parallel GPUs")
@@ -103,6 +104,14 @@ def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
         raise StartError(
             f"--tp {flags.tp} --pp {flags.pp}: this engine computes on one GPU only; give tp 1 and pp 1, or another engine."
         )
+    # A pod's labels outlive its containers: one that starts again takes the role that its pod was given last.
+    if role := env.get("WORKER_ROLE"):
+        if role not in ROLES:
+            raise StartError(f"WORKER_ROLE is {role!r}; it must be one of {', '.join(ROLES)}.")
+        flags.role = role
+        if not (env.get("WORKER_CHUNK") or "0").isdecimal():
+            raise StartError(f"WORKER_CHUNK is {env['WORKER_CHUNK']!r}; it must be a number of tokens.")
+        flags.chunk = int(env.get("WORKER_CHUNK") or 0)
     if flags.chunk < 0:
         raise StartError(f"--chunk is {flags.chunk}; it must be 0 (whole prompts) or a number of tokens.")
     cache = pace is None if flags.prefix_cache is None else flags.prefix_cache
