@@ -181,11 +181,12 @@ def error(message: str, status: int, param: str | None = None, code: str | None 
 
 def usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
     """OpenAI's usage object. `cached`: tokens of the prompt that were found in a prefix cache."""
+    found = {"prompt_tokens_details": {"cached_tokens": cached}} if cached else {}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        **found,
     }
 
 

@@ -81,7 +81,8 @@ class Prefill:
         if piece.finish and handoff:
             self._server.drop(handoff)
         self._instance.observe_prefill(sequence)
-        cached = min(sequence.found, len(prompt))
+        # Of an answer that goes on, what was found says nothing of how the prompt was computed when it began.
+        cached = 0 if answered else sequence.found
         given = Handoff(
             done=piece.finish is not None,
             first_token_id=token.id,
