@@ -59,6 +59,7 @@ TORCH = Engine(
     first_token_from="prefill",
     prefill_limit=None,
     architectures=frozenset({"opt", "llama", "qwen3"}),
+    role_change="door",
     flags=_flags(
         "--model --weights --served-name --context-length --dtype --tp --pp --pairing-key --host --port "
         "--kv-port --chunk --pace"
