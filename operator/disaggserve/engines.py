@@ -59,9 +59,10 @@ TORCH = Engine(
     first_token_from="prefill",
     prefill_limit=None,
     architectures=frozenset({"opt", "llama", "qwen3"}),
+    role_change="door",
     flags=_flags(
         "--model --weights --served-name --context-length --dtype --tp --pp --pairing-key --host --port "
-        "--kv-port --pace"
+        "--kv-port --chunk --pace"
     ),
 )
 # vLLM's max_num_batched_tokens on data-centre GPUs. NixlConnector: P's one token is dropped, D's is the

@@ -7,12 +7,11 @@ import json
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
 
-from disaggserve import drift, engines
+from disaggserve import drift
 from disaggserve.cluster.client import KINDS, PODS, RESOURCES, REVISIONS
 from e2e.controlplane import ControlPlane, ensure
 from tests.integration.bench import CHAT, Bench, Killed, by_hand, carried_out, prepare
@@ -188,20 +187,12 @@ def test_a_plan_that_differs_by_one_instance_touches_exactly_one(
     bench(test)
 
 
-@pytest.fixture
-def torch_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The built-in worker with a door for its role."""
-    torch = replace(engines.TORCH, role_change="door")
-    monkeypatch.setattr(engines, "TORCH", torch)
-    monkeypatch.setitem(engines.ENGINES, "torch", torch)
-
-
 async def roles(b: Bench) -> dict[str, str]:
     return {p["metadata"]["uid"]: p["metadata"]["labels"]["disaggserve.dev/role"] for p in await b.workers()}
 
 
 @pytest.mark.parametrize("engine", ["torch", "vllm"])
-def test_a_plan_that_differs_by_one_role_turns_one_pod(bench: Any, torch_turns: None, engine: str) -> None:
+def test_a_plan_that_differs_by_one_role_turns_one_pod(bench: Any, engine: str) -> None:
     async def test(b: Bench) -> None:
         doors = b.open_doors()
         await b.apply(by_hand(2, 1, engine={"type": engine}))
@@ -231,7 +222,7 @@ def test_a_plan_that_differs_by_one_role_turns_one_pod(bench: Any, torch_turns: 
     bench(test)
 
 
-def test_a_worker_that_still_holds_something_is_not_turned_and_says_so(bench: Any, torch_turns: None) -> None:
+def test_a_worker_that_still_holds_something_is_not_turned_and_says_so(bench: Any) -> None:
     async def test(b: Bench) -> None:
         doors = b.open_doors()
         await b.apply(by_hand(2, 1))
@@ -332,9 +323,7 @@ def test_killed_before_every_write_of_a_change_the_end_is_the_same(bench: Any) -
 
 
 @pytest.mark.timeout(240)
-def test_killed_before_every_write_of_a_role_change_the_end_is_the_same(
-    bench: Any, torch_turns: None
-) -> None:
+def test_killed_before_every_write_of_a_role_change_the_end_is_the_same(bench: Any) -> None:
     """The worker's door is one of the writes: killed before it, and between it and the label."""
 
     async def test(b: Bench) -> None:
