@@ -24,6 +24,16 @@ def choose_prefill(queued_tokens: Sequence[int], ns_per_token: Sequence[int] = (
     return best
 
 
+def until_first_token(queued_tokens: Sequence[int], uncached_tokens: Sequence[int]) -> list[int]:
+    """Tokens that each prefill instance computes until a prompt's first token: the queue and, of the prompt, what its prefix
+    cache does not hold. `choose_prefill` of them is prefix affinity.
+
+    A cached prefix is worth its own length and no more: the instance chosen has at most as many tokens queued beyond the
+    shortest queue as it holds of the prompt.
+    """
+    return [queued_tokens[k] + uncached_tokens[k] for k in range(len(queued_tokens))]
+
+
 def choose_decode(kv_tokens: Sequence[int]) -> int:
     """Index of the decode instance with the fewest KV tokens: prompts and what was generated for them so far."""
     best = 0

@@ -49,6 +49,7 @@ ROUTER_INPUT_TOKENS = "disaggserve_router_input_tokens_total"  # {input_bucket}
 ROUTER_OUTPUT_TOKENS = "disaggserve_router_output_tokens_total"  # {output_bucket}
 ROUTER_UNCACHED_TOKENS = "disaggserve_router_uncached_input_tokens_total"
 ROUTER_RETRIES = "disaggserve_router_retries_total"  # {role}: of the instance that failed
+ROUTER_CONTINUATIONS = "disaggserve_router_continuations_total"
 ROUTER_TTFT = "disaggserve_router_ttft_seconds"
 ROUTER_TPOT = "disaggserve_router_tpot_seconds"
 ROUTER_IN_FLIGHT = "disaggserve_router_in_flight"  # {instance_name, role}
@@ -85,6 +86,7 @@ HELP = {
     ROUTER_OUTPUT_TOKENS: "Generated tokens of the requests answered in full, by bucket of output length.",
     ROUTER_UNCACHED_TOKENS: "Prompt tokens that prefill computed, not found in a prefix cache.",
     ROUTER_RETRIES: "Attempts that an instance of this role failed and that were made again elsewhere.",
+    ROUTER_CONTINUATIONS: "Answers that went on at other instances after the client had their first tokens.",
     ROUTER_TTFT: "Arrival at the router to the first token at the router, in seconds.",
     ROUTER_TPOT: "Time from first to last token at the router / (tokens - 1), in seconds; requests of two tokens and more.",
     ROUTER_IN_FLIGHT: "Requests in flight on an instance, as this router sees it.",

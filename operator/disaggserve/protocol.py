@@ -1,4 +1,4 @@
-"""Every byte between workers: what a hand-off is, and the messages of a KV pull.
+"""Every byte between routers and workers: what a hand-off is, the messages of a KV pull, and what workers say of their load.
 
 A pull is pyzmq multipart: frame 0 is one message in msgpack, tagged by `type`; a `Layout` is followed by raw
 frames, two per layer (keys, values), each `blocks × block_tokens × kv_heads × head_dim` elements of `dtype`.
@@ -26,7 +26,7 @@ class Logprobs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Handoff(msgspec.Struct, frozen=True, kw_only=True):
-    """`kv_transfer_params` of the prefill worker's answer: opaque to a router, except `done`."""
+    """`kv_transfer_params` of the prefill worker's answer: opaque to a router, except `done` and `seed`."""
 
     done: bool  # the first token already ends the request: there is nothing to pull
     first_token_id: int
@@ -38,10 +38,20 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True):
     generation: int  # of the blocks' allocation: blocks that were reused have another one
     pairing_key: str
     seed: int  # of sampling, drawn by the prefill worker where the client gave none
+    answered: list[
+        int
+    ] = []  # tokens of the answer before the first one here: it goes on after another worker's end
     first_logprobs: Logprobs | None = None  # of the first token, where the client asks for them
     gpu: str = ""  # facts of a paced prefill worker, for the link's speed; "" = not paced
     rdma: bool = False
     version: int = VERSION
+
+
+class Resume(msgspec.Struct, frozen=True, kw_only=True):
+    """`resume` in `kv_transfer_params` of a question to a prefill worker: the answer was begun elsewhere and goes on."""
+
+    answered: list[int]  # the tokens that it has
+    seed: int  # with which they were drawn
 
 
 class Renew(msgspec.Struct, frozen=True, tag="renew", kw_only=True):
@@ -101,6 +111,22 @@ class Refused(msgspec.Struct, frozen=True, tag="refused", kw_only=True):
     ask: int
     code: RefusalCode
     reason: str
+    version: int = VERSION
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of `GET /load`, a stream of JSON lines to one router: a worker's load but for that router's own requests.
+
+    What the router itself has here it knows better, and sooner.
+    """
+
+    queued_tokens: int  # prefill: prompt tokens that wait or are being computed
+    kv_tokens: int  # decode: prompt and generated tokens of the requests here
+    waiting: int  # requests of everybody
+    running: int
+    free_blocks: int
+    total_blocks: int
+    leased_blocks: int
     version: int = VERSION
 
 

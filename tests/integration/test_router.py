@@ -56,10 +56,16 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def frame(text: str, finish: str | None = None, chat: bool = False) -> bytes:
+def letter(place: int) -> str:
+    """What every instance says at this place of every answer: a token out of its place is seen."""
+    return "A" if place == 0 else chr(ord("a") + place % 26)
+
+
+def frame(text: str, finish: str | None = None, chat: bool = False, ids: bool = False) -> bytes:
     choice: Json = {"index": 0, "finish_reason": finish}
     choice |= {"delta": {"content": text}} if chat else {"text": text}
-    return b"data: " + json.dumps({"id": "x", "choices": [choice]}).encode() + b"\n\n"
+    choice |= {"token_ids": [ord(text)]} if ids else {}
+    return b"data: " + json.dumps({"id": "x", "choices": [choice]}, separators=(",", ":")).encode() + b"\n\n"
 
 
 class Fake:
@@ -74,21 +80,24 @@ class Fake:
         self.mid = asyncio.Event()  # decode: between its first frame and its others
         self.mid.set()
         self.status, self.error = 200, b""
-        self.dies = ""  # "" | "before" | "mid"
-        self.first = "A"
+        self.dies = ""  # "" | "before" | "mid": after its first frame
+        self.says_seed = True  # so that an answer can go on elsewhere
+        self.engine = "torch"
         self.pieces: list[bytes] | None = None
         self.cancelled = 0
+        self.released: list[str] = []
         self.url = ""
 
     @property
     def seen(self) -> Seen:
-        return Seen(self.name, self.name, self.role, self.key, self.url, True)
+        return Seen(self.name, self.name, self.role, self.key, self.url, True, engine=self.engine)
 
     @contextlib.asynccontextmanager
     async def up(self) -> AsyncIterator[Fake]:
         app = web.Application()
         app.router.add_post("/v1/completions", self._handle)
         app.router.add_post("/v1/chat/completions", self._handle)
+        app.router.add_post("/release", self._release)
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -115,13 +124,22 @@ class Fake:
             self.cancelled += 1
             raise
 
+    async def _release(self, http: web.Request) -> web.Response:
+        self.released.append((await http.json())["handoff"])
+        return web.Response()
+
     def _first(self, body: Json) -> web.Response:
         chat = "messages" in body
         params = body["kv_transfer_params"]
-        done = params.get("max_tokens") == 1
-        choice: Json = {"index": 0, "finish_reason": "length", "token_ids": [ord(self.first)]}
-        choice |= {"message": {"role": "assistant", "content": self.first}} if chat else {"text": self.first}
+        answered = params.get("resume", {}).get("answered", [])
+        text = letter(len(answered))
+        done = params.get("max_tokens") == len(answered) + 1
+        choice: Json = {"index": 0, "finish_reason": "length", "token_ids": [ord(text)]}
+        choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         tokens = 7 if chat or isinstance(body["prompt"], str) else len(body["prompt"])
+        given: Json = {"from": self.name, "handoff": f"{self.name}-{len(self.bodies)}", "answered": answered}
+        if self.says_seed:
+            given["seed"] = params.get("resume", {}).get("seed", 5)
         return web.json_response(
             {
                 "id": "cmpl-1",
@@ -129,7 +147,7 @@ class Fake:
                 "created": 1,
                 "choices": [choice],
                 "usage": {"prompt_tokens": tokens, "completion_tokens": 1, "total_tokens": tokens + 1},
-                "kv_transfer_params": {"done": True} if done else {"from": self.name},
+                "kv_transfer_params": {"done": True} if done else given,
             }
         )
 
@@ -138,12 +156,19 @@ class Fake:
         n = body.get("max_tokens") or body.get("max_completion_tokens") or 4
         if not body.get("stream"):
             return web.json_response(
-                {"choices": [{"text": "A" + "b" * (n - 1)}], "usage": {"completion_tokens": n}}
+                {"choices": [{"text": "".join(map(letter, range(n)))}], "usage": {"completion_tokens": n}}
             )
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await answer.prepare(http)
         await answer.write(b"")
-        for piece in self.pieces or stream(n, chat):
+        if self.engine == "vllm":  # all of the answer is decode's
+            assert body["stream_options"]["include_usage"]
+            usage = b'data: {"choices":[],"usage":{"completion_tokens":%d}}\n\n' % n
+            pieces = [*stream(n, chat, 0)[:-1], usage, b"data: [DONE]\n\n"]
+        else:
+            start = len(body["kv_transfer_params"]["answered"]) + 1
+            pieces = stream(n, chat, start, "return_token_ids" in body)
+        for piece in self.pieces or pieces:
             await answer.write(piece)
             if self.dies == "mid":
                 assert http.transport is not None
@@ -154,9 +179,9 @@ class Fake:
         return answer
 
 
-def stream(n: int, chat: bool = False) -> list[bytes]:
-    frames = [frame("b", chat=chat) for _ in range(n - 2)]
-    return [*frames, frame("z", "length", chat), b"data: [DONE]\n\n"]
+def stream(n: int, chat: bool = False, start: int = 1, ids: bool = False) -> list[bytes]:
+    frames = [frame(letter(k), "length" if k == n - 1 else None, chat, ids) for k in range(start, n)]
+    return [*frames, b"data: [DONE]\n\n"]
 
 
 class Bench:
@@ -256,7 +281,12 @@ def test_stream_is_first_token_then_decodes_bytes_unchanged() -> None:
                 "max_tokens": 4,
                 "stop": ["."],
             }
-            assert handed["kv_transfer_params"] == {"from": "p"}
+            assert handed["kv_transfer_params"] == {
+                "from": "p",
+                "handoff": "p-1",
+                "seed": 5,
+                "answered": [],
+            }
             assert (handed["stream"], handed["max_tokens"], handed["stop"]) == (True, 4, ["."])
             await b.idle()
 
@@ -289,7 +319,7 @@ def test_whole_answer_is_decodes_own() -> None:
         async with bench(*pair()) as b:
             async with b.post() as answer:
                 assert await answer.json() == {
-                    "choices": [{"text": "Abbb"}],
+                    "choices": [{"text": "Abcd"}],
                     "usage": {"completion_tokens": 4},
                 }
                 assert answer.headers["X-Request-Id"]
@@ -428,34 +458,124 @@ def test_attempts_are_bounded() -> None:
     run(test())
 
 
-@pytest.mark.parametrize("how", ["before", "500"])
-def test_decode_failing_before_its_headers_is_repeated_when_greedy(how: str) -> None:
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("how", ["before", "500", "mid", "said"])
+def test_an_answer_goes_on_elsewhere(how: str, chat: bool) -> None:
+    """Decode fails after the first token or in mid-stream: the client sees the answer of one undisturbed instance."""
+
     async def test() -> None:
         p, bad, good = Fake("prefill", "p"), Fake("decode", "d0"), Fake("decode", "d1")
-        bad.dies, bad.status = ("before", 200) if how == "before" else ("", 500)
+        bad.dies, bad.status = (how if how in ("before", "mid") else ""), 500 if how == "500" else 200
+        if how == "said":
+            error = b'data: {"error": {"message": "out of memory"}}\n\n'
+            bad.pieces = [frame(letter(1), None, chat, ids=True), error, b"data: [DONE]\n\n"]
+        asked = {"prompt": ..., "messages": [{"role": "user", "content": "a"}]} if chat else {}
+        path = "/v1/chat/completions" if chat else "/v1/completions"
         async with bench(p, bad, good) as b:
-            async with b.post(stream=True, temperature=0) as answer:
-                body = await answer.read()
-            assert body.split(b"\n\n", 1)[1] == b"".join(stream(4))  # the first token once only
-            assert len(p.bodies) == 2
+            async with b.post(
+                path, stream=True, temperature=0.7, stream_options={"include_usage": True}, **asked
+            ) as answer:
+                *frames, done, end = (await answer.read()).split(b"\n\n")
+            assert (done, end) == (b"data: [DONE]", b"")
+            said = [json.loads(f[6:]) for f in frames]
+            choices = [s["choices"][0] for s in said]
+            texts = [c["delta"]["content"] if chat else c["text"] for c in choices]
+            assert texts == [letter(k) for k in range(4)]
+            assert [c["finish_reason"] for c in choices] == [None, None, None, "length"]
+            assert not any("token_ids" in c for c in choices)
+            assert not chat or ["role" in c["delta"] for c in choices] == [True, False, False, False]
+            had = [ord(letter(k)) for k in range(2 if how in ("mid", "said") else 1)]
+            assert p.bodies[1]["kv_transfer_params"]["resume"] == {"answered": had, "seed": 5}
+            found = await b.metrics()
+            assert found[names.ROUTER_CONTINUATIONS + "{}"] == 1
+            assert found[names.ROUTER_LENGTHS + "{input_bucket=0,output_bucket=0}"] == 1
+            assert found[names.ROUTER_OUTPUT_TOKENS + "{output_bucket=0}"] == 4
             assert await b.outcomes() == {"ok true": 1}
             await b.idle()
 
     run(test())
 
 
-def test_decode_failing_before_its_headers_ends_a_sampled_stream_honestly() -> None:
+def test_an_answer_goes_on_as_often_as_it_gets_further() -> None:
+    async def test() -> None:
+        p, dying = Fake("prefill", "p"), [Fake("decode", f"d{k}") for k in range(7)]
+        for d in dying:
+            d.dies = "mid"
+        async with bench(p, *dying) as b:
+            async with b.post(stream=True, max_tokens=14, return_token_ids=True) as answer:
+                frames = (await answer.read()).split(b"\n\n")[:-2]
+            choices = [json.loads(f[6:])["choices"][0] for f in frames]
+            assert [c["text"] for c in choices] == [letter(k) for k in range(14)]
+            assert [c["token_ids"] for c in choices] == [[ord(letter(k))] for k in range(14)]
+            assert [len(d.bodies) for d in dying] == [1] * 7
+            assert await b.outcomes() == {"ok true": 1}
+            await b.idle()
+
+    run(test())
+
+
+def test_an_answer_whose_last_token_is_there_lacks_nothing() -> None:
+    async def test() -> None:
+        p, d = pair()
+        d.dies = "mid"
+        async with bench(p, d) as b:
+            async with b.post(stream=True, max_tokens=2, stream_options={"include_usage": True}) as answer:
+                _, last, usage, done, _ = (await answer.read()).split(b"\n\n")
+            assert json.loads(last[6:])["choices"][0]["finish_reason"] == "length"
+            assert json.loads(usage[6:])["usage"] == {
+                "prompt_tokens": 3,
+                "completion_tokens": 2,
+                "total_tokens": 5,
+            }
+            assert done == b"data: [DONE]"
+            assert len(p.bodies) == 1
+            assert await b.outcomes() == {"ok true": 1}
+
+    run(test())
+
+
+@pytest.mark.parametrize("how", ["before", "mid"])
+def test_an_answer_that_cannot_go_on_ends_honestly(how: str) -> None:
     async def test() -> None:
         p, bad, good = Fake("prefill", "p"), Fake("decode", "d0"), Fake("decode", "d1")
-        bad.dies = "before"
+        bad.dies, p.says_seed = how, False
         async with bench(p, bad, good) as b:
             async with b.post(stream=True, temperature=0.7) as answer:
-                _, error, done, _ = (await answer.read()).split(b"\n\n")
-            assert "first token" in json.loads(error[6:])["error"]["message"]
+                *_, error, done, _ = (await answer.read()).split(b"\n\n")
+            assert "neither tokens nor seed" in json.loads(error[6:])["error"]["message"]
             assert done == b"data: [DONE]"
             assert await b.outcomes() == {"failed false": 1}
             async with b.post(temperature=0.7) as answer:  # nothing was shown: from the start
                 assert answer.status == 200
+            await b.idle()
+
+    run(test())
+
+
+@pytest.mark.parametrize("how", ["", "before", "500", "said", "mid"])
+def test_vllms_answer_is_all_decodes(how: str) -> None:
+    """It fails unseen until its first token, and honestly after it."""
+
+    async def test() -> None:
+        p, bad, good = Fake("prefill", "p"), Fake("decode", "d0"), Fake("decode", "d1")
+        p.says_seed = False
+        for fake in (p, bad, good):
+            fake.engine = "vllm"
+        bad.dies, bad.status = (how if how in ("before", "mid") else ""), 500 if how == "500" else 200
+        if how == "said":
+            bad.pieces = [b'data: {"error":{"message":"prefill is gone"}}\n\n', b"data: [DONE]\n\n"]
+        async with bench(p, bad, good) as b:
+            async with b.post(stream=True) as answer:
+                body = await answer.read()
+            if how == "mid":
+                assert body.startswith(frame("A"))
+                assert b'"error"' in body
+            else:
+                assert body == b"".join(stream(4, start=0))
+                assert len(p.bodies) == (1 if not how else 2)
+                found = await b.metrics()
+                assert found[names.ROUTER_OUTPUT_TOKENS + "{output_bucket=0}"] == 4
+            assert await b.outcomes() == {"failed false" if how == "mid" else "ok true": 1}
             await b.idle()
 
     run(test())
@@ -469,34 +589,27 @@ def test_a_decode_that_cannot_be_reached_costs_no_second_prefill() -> None:
             async with b.post(stream=True, temperature=0.7) as answer:
                 assert (await answer.read()).endswith(b"".join(stream(4)))
             assert len(p.bodies) == 1
+            assert not p.released
             await b.idle()
 
     run(test())
 
 
-def test_failure_in_mid_stream_is_said_in_the_stream() -> None:
+def test_kv_that_nobody_will_pull_is_given_back() -> None:
     async def test() -> None:
         p, d = pair()
-        d.dies = "mid"
+        d.status, d.error = 400, b'{"error":{"message":"no"}}'
         async with bench(p, d) as b:
-            async with b.post(stream=True, temperature=0) as answer:
-                *_, error, done, end = (await answer.read()).split(b"\n\n")
-            assert json.loads(error[6:])["error"]["type"] == "server_error"
-            assert (done, end) == (b"data: [DONE]", b"")
-            assert await b.outcomes() == {"failed false": 1}
+            async with b.post() as answer:
+                assert answer.status == 400
+            await until(lambda: p.released == ["p-1"], "the hand-off is released")
+            d.status = 200
+            d.gate.clear()
+            asked = asyncio.create_task(b.post().__aenter__())
+            await until(lambda: len(d.bodies) == 2, "decode has the request")
+            asked.cancel()
+            await until(lambda: d.cancelled and len(p.released) == 2, "and released when the client goes")
             await b.idle()
-
-    run(test())
-
-
-def test_an_error_that_decode_says_in_its_stream_is_a_failure() -> None:
-    async def test() -> None:
-        p, d = pair()
-        d.pieces = [frame("b"), b'data: {"error": {"message": "out of memory"}}\n\n', b"data: [DONE]\n\n"]
-        async with bench(p, d) as b:
-            async with b.post(stream=True) as answer:
-                assert (await answer.read()).endswith(b"".join(d.pieces))
-            assert await b.outcomes() == {"failed false": 1}
 
     run(test())
 

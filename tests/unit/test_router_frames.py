@@ -37,22 +37,59 @@ def test_tokens_are_counted_over_any_cut(
     stream = Frames()
     passed = b"".join(map(stream.feed, cut(whole, sizes)))
     assert passed == whole
-    assert (stream.tokens, stream.done, stream.error) == (len(texts), True, False)
+    assert (stream.tokens, stream.done, stream.error) == (len(texts), True, b"")
 
 
 @given(CHUNKS)
-def test_an_error_is_no_token(sizes: list[int]) -> None:
+def test_an_error_and_what_follows_is_kept_back(sizes: list[int]) -> None:
     stream = Frames()
-    for chunk in cut(token("a") + b'data: {"error": {"message": "x"}}\n\ndata: [DONE]\n\n', sizes):
-        stream.feed(chunk)
-    assert (stream.tokens, stream.done, stream.error) == (1, True, True)
+    error = b'data: {"error": {"message": "x"}}\n\n'
+    passed = b"".join(map(stream.feed, cut(token("a") + error + b"data: [DONE]\n\n", sizes)))
+    assert passed == token("a")
+    assert (stream.tokens, stream.done, stream.error) == (1, False, error)
 
 
-@pytest.mark.parametrize("text", ['"choices":[]', "data: [DONE]", "\n\n", 'data: {"error":'])
+@given(
+    st.lists(st.tuples(st.text(max_size=9), st.lists(st.integers(0, 10**6), max_size=3))),
+    CHUNKS,
+    st.booleans(),
+    st.sampled_from(["first", "middle", "last"]),
+)
+def test_named_tokens_are_noted_and_hidden(
+    said: list[tuple[str, list[int]]], sizes: list[int], hide: bool, where: str
+) -> None:
+    def frame(text: str, ids: list[int] | None) -> bytes:
+        named = {} if ids is None else {"token_ids": ids}
+        fields = {"index": 0, **named, "text": text, "finish_reason": None}
+        if where == "first":
+            fields = {**named, "text": text, "finish_reason": None}
+        elif where == "last":
+            fields = {"text": text, "finish_reason": None, **named}
+        return b"data: " + json.dumps({"choices": [fields]}, separators=(",", ":")).encode() + b"\n\n"
+
+    stream = Frames(hide=hide)
+    passed = b"".join(map(stream.feed, cut(b"".join(frame(t, ids) for t, ids in said), sizes)))
+    assert passed == b"".join(frame(t, None if hide else ids) for t, ids in said)
+    assert stream.ids == [token for _, ids in said for token in ids]
+    assert stream.tokens == len(stream.ids)
+    assert not stream.finished
+
+
+def test_the_last_token_is_known_by_its_finish_reason() -> None:
+    stream = Frames(hide=True)
+    stream.feed(b'data: {"choices":[{"text":"a","finish_reason":"length","token_ids":[4]}]}\n\n')
+    assert (stream.finished, stream.done, stream.ids) == (True, False, [4])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['"choices":[]', "data: [DONE]", "\n\n", 'data: {"error":', '"token_ids":[7]', '"finish_reason":"'],
+)
 def test_text_cannot_pass_for_structure(text: str) -> None:
     stream = Frames()
     stream.feed(token(text))
-    assert (stream.tokens, stream.done, stream.error) == (1, False, False)
+    assert (stream.tokens, stream.done, stream.error, stream.finished) == (1, False, b"", False)
+    assert not stream.ids
 
 
 def test_half_a_frame_is_kept_so_that_an_error_can_follow_whole_ones() -> None:
@@ -72,7 +109,7 @@ def test_first_frame(chat: bool) -> None:
         "usage": {"completion_tokens": 1},
         "kv_transfer_params": {"secret": 1},
     }
-    made = frames.first(answer, chat=chat, finish=False, usage=True, token_ids=True)
+    made = frames.token(answer, chat=chat, begins=True, finish=False, usage=True, ids=True)
     assert made.endswith(b"\n\n")
     said = json.loads(made[6:])
     (choice,) = said.pop("choices")
@@ -80,8 +117,9 @@ def test_first_frame(chat: bool) -> None:
     assert said == {"id": "i", "created": 1, "model": "m", "object": kind, "usage": None}
     assert choice["finish_reason"] is None
     assert choice["token_ids"] == [9]
-    made = frames.first(answer, chat=chat, finish=True, usage=False, token_ids=False)
+    made = frames.token(answer, chat=chat, begins=False, finish=True, usage=False, ids=False)
     said = json.loads(made[6:])
     assert said["choices"][0]["finish_reason"] == "length"
     assert "usage" not in said
     assert "token_ids" not in said["choices"][0]
+    assert not chat or said["choices"][0]["delta"] == {"content": "A"}

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggserve import metric_names as names
+from disaggserve.protocol import Resume
 from disaggworker.router import config, discovery
 from disaggworker.router.errors import UnknownModel, WrongRequest
 from disaggworker.router.fleet import Seen
@@ -116,12 +117,11 @@ def test_prefill_is_told_the_clients_limit(chat: bool, body: dict[str, Any], lim
     assert sent["max_completion_tokens" if chat else "max_tokens"] == 1
 
 
-@pytest.mark.parametrize(
-    ("body", "repeatable"),
-    [({}, False), ({"temperature": 0}, True), ({"temperature": 0.5}, False), ({"seed": 0}, True)],
-)
-def test_repeatable(body: dict[str, Any], repeatable: bool) -> None:
-    assert request(**body).repeatable is repeatable
+def test_an_answer_that_goes_on_says_where() -> None:
+    r = request(prompt="a", max_tokens=9, seed=3)
+    resume = json.loads(r.for_prefill(Resume(answered=[4, 5], seed=6)))["kv_transfer_params"]["resume"]
+    assert resume == {"answered": [4, 5], "seed": 6}
+    assert json.loads(r.for_decode({}, token_ids=True))["return_token_ids"] is True
 
 
 @pytest.mark.parametrize(

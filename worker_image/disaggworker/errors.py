@@ -12,6 +12,15 @@ WorkerError
 
 from __future__ import annotations
 
+_MOST_CHARACTERS = 500
+
+
+def brief(message: str) -> str:
+    """The sentence, its middle left out where a client's own words have made it long."""
+    if len(message) <= _MOST_CHARACTERS:
+        return message
+    return f"{message[:200]} … {message[-200:]}"
+
 
 class WorkerError(Exception):
     """Anything a worker says no to, in one sentence."""
@@ -29,7 +38,7 @@ class RequestError(WorkerError):
     """A request that is answered with an error; `param` names the field at fault."""
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None):
-        super().__init__(message)
+        super().__init__(brief(message))
         self.status, self.param, self.code = status, param, code
 
 

@@ -67,7 +67,7 @@ def read(data: bytes, *, chat: bool) -> Ask:
     """Check a body. Raises `RequestError`, naming the field."""
     try:
         body = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise RequestError(f"The body is not JSON: {e}.") from None
     if not isinstance(body, dict):
         raise RequestError("The body must be a JSON object.")

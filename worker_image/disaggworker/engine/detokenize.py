@@ -43,12 +43,17 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 class TextStream:
     """One answer's text. Two workers that are given the same tokens hold back the same text between them."""
 
-    def __init__(self, table: Sequence[bytes], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, table: Sequence[bytes], stops: Sequence[str] = (), answered: Sequence[int] = ()
+    ) -> None:
+        """`answered`: tokens whose text somebody else has said; it goes on after them."""
         self._table, self._stops = table, stops
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._held = ""
         self.stopped = False
         self.length = 0  # of the text of all tokens so far, in letters: where the next one begins
+        for token in answered:
+            self.push(token)
 
     def push(self, token: int) -> str:
         """The text that this token adds for sure; sets `stopped` when a stop string is complete (its text is cut)."""

@@ -64,7 +64,7 @@ class Scheduler:
         # Who was put back goes first: its blocks must not go to a newcomer.
         while self.waiting and not self.preempted and not self.may_prefill:
             head = self.waiting[0]
-            head.kv = self._take(blocks_for(len(head.prompt)))
+            head.kv = self._take(blocks_for(head.length - 1))  # the last token is computed here
             if head.kv is None:
                 break
             admitted.append(self.waiting.popleft())

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterable
-from typing import Any
 
-import aiohttp
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -20,32 +18,32 @@ from disaggworker.router import errors, metrics
 from disaggworker.router.admission import Admission
 from disaggworker.router.config import Config
 from disaggworker.router.fleet import Fleet, Seen
+from disaggworker.router.loads import Loads
 from disaggworker.router.metrics import Metrics
 from disaggworker.router.proxy import Proxy
+from disaggworker.router.upstream import Upstreams
 
 log = logging.getLogger(__name__)
-
-_KEEPALIVE_S = (
-    4.0  # below the shortest of the engines' own (uvicorn's 5 s): a POST on a closed connection is lost
-)
 
 
 class Router:
     """One router: its fleet, its figures and its routes. `update` is told who the instances are."""
 
-    def __init__(self, config: Config, session: aiohttp.ClientSession) -> None:
+    def __init__(self, config: Config, upstreams: Upstreams) -> None:
         self.config = config
         self.fleet = Fleet()
+        self.loads = Loads(self.fleet, upstreams)
         self.admission = Admission(self.fleet, config.max_queued, config.queue_timeout_s)
         self.metrics = Metrics(
             names.resource_label(config.namespace, config.resource), config.ttft_s, config.tpot_s
         )
-        self.proxy = Proxy(config, self.fleet, self.admission, self.metrics, session)
+        self.proxy = Proxy(config, self.fleet, self.admission, self.metrics, upstreams)
         self._created_s = int(time.time())
 
     def update(self, view: Iterable[Seen]) -> None:
         before = self.fleet.lacking()
         self.fleet.update(view)
+        self.loads.update()
         after = self.fleet.lacking()
         if before != after:
             log.info("%s", f"not ready: {after}" if after else "ready")
@@ -113,35 +111,18 @@ class Router:
 @contextlib.asynccontextmanager
 async def serving(config: Config) -> AsyncIterator[Router]:
     """A router that listens; the block's end stops it at once (call `finish` before)."""
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout_s)
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S, socket_factory=_socket)
-    async with aiohttp.ClientSession(
-        connector=connector,
-        timeout=timeout,
-        auto_decompress=False,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        headers={"Accept-Encoding": "identity"},
-    ) as session:
-        router = Router(config, session)
-        runner = web.AppRunner(router.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, config.host, config.port, backlog=1024).start()
-            log.info("listening on %s:%d", config.host, config.port)
-            yield router
-        finally:
-            await runner.cleanup()
-
-
-def _socket(info: tuple[Any, ...]) -> socket.socket:
-    """To an instance. There is no time limit on answers, so TCP itself must find out that a node is gone: 25 s."""
-    made = socket.socket(*info[:3])
-    made.setblocking(False)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, option):
-            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return made
+    upstreams = Upstreams(config.connect_timeout_s, uuid.uuid4().hex)
+    router = Router(config, upstreams)
+    runner = web.AppRunner(router.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, config.host, config.port, backlog=1024).start()
+        log.info("listening on %s:%d", config.host, config.port)
+        yield router
+    finally:
+        router.loads.close()
+        await runner.cleanup()
+        upstreams.close()
 
 
 @web.middleware

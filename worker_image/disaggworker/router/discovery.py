@@ -72,8 +72,8 @@ def _port(pod: Json) -> int:
 async def connect() -> k8s.ApiClient:
     """KUBECONFIG, else the pod's service account. Raises ConfigException."""
     configuration = k8s.Configuration()
-    if os.environ.get("KUBECONFIG"):
-        await k8s_config.load_kube_config(client_configuration=configuration)
+    if file := os.environ.get("KUBECONFIG"):
+        await k8s_config.load_kube_config(file, client_configuration=configuration)
     else:
         k8s_config.load_incluster_config(client_configuration=configuration)
     return k8s.ApiClient(configuration)

@@ -18,6 +18,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from disaggworker.errors import brief
+
 
 class ApiError(Exception):
     """One clear sentence for the client."""
@@ -28,7 +30,7 @@ class ApiError(Exception):
     retry_after_s: int | None = None
 
     def __init__(self, message: str, param: str | None = None) -> None:
-        self.message, self.param = message, param
+        self.message, self.param = brief(message), param
         super().__init__(message)
 
     def body(self) -> bytes:
@@ -57,7 +59,10 @@ class QueueFull(ApiError):
     status = 429
     kind = "rate_limit_error"
     code = "queue_full"
-    retry_after_s = 1
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NoInstance(ApiError):

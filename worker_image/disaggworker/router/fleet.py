@@ -1,8 +1,9 @@
-"""The instances that the router knows, what its own requests hold on each, and the choice among them.
+"""The instances that the router knows, what is held on each, and the choice among them.
+
+A load is this router's own requests, exactly, plus what the instance says of all others' (`loads`). One that has stopped saying
+so is unknown, not idle: it is passed over while others are known.
 
 Pure data: no clock, no network; `now_s` is any rising clock. Not thread-safe, and need not be: one event loop.
-
-What it does not do: know of other routers' requests, or of what instances say of their own load.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from disaggserve.dispatch import choose_decode, choose_prefill
+from disaggserve.dispatch import choose_decode, choose_prefill, until_first_token
+from disaggserve.protocol import Load
+from disaggworker.router.prefixes import Prefix, Prefixes
+from disaggworker.router.request import Request
 
 Role = Literal["prefill", "decode"]
 
 BAR_FIRST_S, BAR_MOST_S = 0.5, 10.0
 BAR_ANSWERED_S = 0.25
+WARM_AFTER = 32  # answers: until then a new instance is given one request more than it has answered, and no more at a time
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,20 @@ class Seen:
 
 
 class Instance:
-    """One instance and what this router's requests hold there."""
+    """One instance and what is held there."""
 
     __slots__ = (
+        "answered",
         "barred_until_s",
+        "caches",
         "faults",
         "in_flight",
         "known",
         "kv_tokens",
         "leased",
+        "lost",
+        "others",
+        "prefixes",
         "queued_tokens",
         "seen",
     )
@@ -56,10 +66,35 @@ class Instance:
         self.kv_tokens = 0  # decode: prompt and generated tokens of the requests in flight
         self.faults = 0  # in a row
         self.barred_until_s = 0.0
+        self.answered = 0  # requests, since it came up; counted to WARM_AFTER
+        self.others: Load | None = (
+            None  # what it said last of its load but for ours; None where it says nothing
+        )
+        self.lost = False  # it says so, as a rule, and does not now
+        self.prefixes = Prefixes()
+        self.caches = False  # it has a prefix cache, and says what it found there
 
     @property
     def admitting(self) -> bool:
         return self.known and self.seen.ready and not self.seen.draining
+
+    @property
+    def all_queued_tokens(self) -> int:
+        return self.queued_tokens + (self.others.queued_tokens if self.others else 0)
+
+    @property
+    def all_kv_tokens(self) -> int:
+        return self.kv_tokens + (self.others.kv_tokens if self.others else 0)
+
+    @property
+    def has_room(self) -> bool:
+        """Slow start: caches, connections and compiled code of a new one are cold, and whether it works is to be seen."""
+        return self.answered >= WARM_AFTER or self.in_flight <= self.answered
+
+    def uncached_tokens(self, prefix: Prefix, tokens: int) -> int:
+        """Of a prompt of so many tokens."""
+        known = self.prefixes.known_tokens(prefix) if self.caches else 0
+        return max(0, tokens - known)
 
     def __repr__(self) -> str:
         return f"{self.seen.role} {self.seen.name} at {self.seen.url}"
@@ -77,6 +112,10 @@ class Hold:
         instance.in_flight += 1
         instance.queued_tokens += queued_tokens
         instance.kv_tokens += kv_tokens
+
+    @property
+    def leased(self) -> bool:
+        return self._leased > 0
 
     def answered(self) -> None:
         """Prefill has answered: from now on the request only leases KV there."""
@@ -101,6 +140,13 @@ class Hold:
         self._in_flight = self._queued_tokens = self._kv_tokens = 0
 
 
+def _preferred(instances: Iterable[Instance]) -> list[Instance]:
+    """Those whose load is known and that are not too new, while there are any: what is left out serves when all are so."""
+    found = list(instances)
+    found = [i for i in found if not i.lost] or found
+    return [i for i in found if i.has_room] or found
+
+
 class Fleet:
     """All instances of one resource."""
 
@@ -116,29 +162,39 @@ class Fleet:
                 del self._instances[uid]
         for uid, s in sorted(seen.items(), key=lambda item: item[1].name):
             instance = self._instances.setdefault(uid, Instance(s))
-            if s.ready and not instance.seen.ready:
-                instance.faults, instance.barred_until_s = 0, 0.0  # it came up anew
+            if s.ready and not instance.seen.ready:  # it came up anew
+                instance.faults, instance.barred_until_s, instance.answered = 0, 0.0, 0
+                instance.prefixes = Prefixes()
             instance.seen = s
 
-    def prefill(self, now_s: float) -> Instance | None:
-        """The shortest queue by tokens, among those with a decode of the same pairing key."""
+    def prefill(self, now_s: float, request: Request | None = None) -> Instance | None:
+        """The fewest tokens until the first one of `request`, among those with a decode of the same pairing key."""
         keys = {i.seen.pairing_key for i in self._admitting("decode", now_s)}
-        found = [i for i in self._admitting("prefill", now_s) if i.seen.pairing_key in keys]
-        return found[choose_prefill([i.queued_tokens for i in found])] if found else None
+        found = _preferred(i for i in self._admitting("prefill", now_s) if i.seen.pairing_key in keys)
+        if not found:
+            return None
+        tokens = [i.all_queued_tokens for i in found]
+        if request is not None and len(request.prefix):
+            own = [i.uncached_tokens(request.prefix, request.input_tokens) for i in found]
+            tokens = until_first_token(tokens, own)
+        chosen = found[choose_prefill(tokens)]
+        if request is not None:
+            chosen.prefixes.note(request.prefix)
+        return chosen
 
     def decode(self, pairing_key: str, now_s: float) -> Instance | None:
         """The least loaded by KV tokens, of this pairing key.
 
         Requests that are through prefill may go to a draining one when no other has their key: their KV fits nowhere else.
         """
-        found = [i for i in self._admitting("decode", now_s) if i.seen.pairing_key == pairing_key]
+        found = _preferred(i for i in self._admitting("decode", now_s) if i.seen.pairing_key == pairing_key)
         if not found:
             found = [
                 i
                 for i in self._of("decode", pairing_key)
                 if i.known and i.seen.ready and now_s >= i.barred_until_s
             ]
-        return found[choose_decode([i.kv_tokens for i in found])] if found else None
+        return found[choose_decode([i.all_kv_tokens for i in found])] if found else None
 
     def fault(self, instance: Instance, now_s: float, *, answered: bool = False) -> None:
         """It failed a request: nothing is sent there for a while, twice as long each time in a row.
@@ -153,7 +209,12 @@ class Fleet:
             bar_s = min(BAR_MOST_S, BAR_FIRST_S * 2.0 ** min(instance.faults - 1, 10))
         instance.barred_until_s = max(instance.barred_until_s, now_s + bar_s)
 
+    def generated(self, instance: Instance) -> None:
+        """It gave a request its first token there."""
+        instance.answered = min(WARM_AFTER, instance.answered + 1)
+
     def worked(self, instance: Instance) -> None:
+        """It answered a request in full."""
         instance.faults = 0
 
     def next_chance_s(self, now_s: float) -> float | None:
@@ -196,6 +257,7 @@ class Fleet:
                 "admitting": i.admitting,
                 "in_flight": in_flight,
                 "leased": i.leased,
+                "leased_blocks": i.others.leased_blocks if i.others and not i.lost else None,
             }
         return out
 
@@ -207,6 +269,10 @@ class Fleet:
         for i in self._instances.values():
             held = (i.in_flight, i.leased, i.queued_tokens, i.kv_tokens)
             assert held == (0, 0, 0, 0), f"{i} still holds (in flight, leased, queued, KV tokens) {held}"
+
+    def cached(self, instance: Instance, tokens: int | None) -> None:
+        """Prefill found so many tokens of a prompt in its prefix cache; None where it does not say."""
+        instance.caches = tokens is not None
 
     def _of(self, role: Role, pairing_key: str) -> list[Instance]:
         return [

@@ -65,6 +65,7 @@ class Metrics:
         self.input_tokens, self.output_tokens = [0] * rows, [0] * columns
         self.uncached_tokens = 0
         self.retries = {"prefill": 0, "decode": 0}
+        self.continuations = 0
         self.ttft, self.tpot = Histogram(names.TTFT_BUCKETS), Histogram(names.TPOT_BUCKETS)
 
     def arrive(self, now_s: float) -> None:
@@ -149,6 +150,7 @@ class Metrics:
         yield counter(
             names.ROUTER_RETRIES, (((role,), n) for role, n in self.retries.items()), (names.ROLE_LABEL,)
         )
+        yield counter(names.ROUTER_CONTINUATIONS, [((), self.continuations)])
         yield histogram(names.ROUTER_TTFT, self.ttft)
         yield histogram(names.ROUTER_TPOT, self.tpot)
         yield gauge(

@@ -1,7 +1,9 @@
 """The hand-off: a request goes to prefill, its first token to the client, the rest from decode to the client.
 
-Two steps, as vLLM's disaggregated serving has them (REFERENCE § 7). An instance that fails before the client has more than
-the first token costs the request time and nothing else: it is tried again elsewhere.
+Two steps, as vLLM's disaggregated serving has them (REFERENCE § 7). An instance that fails costs the request time and nothing
+else. Before the first token it is tried again elsewhere. After it, another prefill instance computes the prompt and the tokens
+that the client has, draws the next one as it would have been drawn (the same seed, the same place in the answer), and the
+stream goes on. Only where an engine does not name its tokens and its seed (vLLM), the stream ends with an error.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import aiohttp
@@ -17,16 +18,21 @@ import msgspec
 from aiohttp import web
 
 from disaggserve import metric_names as names
+from disaggserve.protocol import Resume
 from disaggworker.router import errors, frames, vllm
 from disaggworker.router.admission import Admission
 from disaggworker.router.config import Config
 from disaggworker.router.fleet import Fleet, Hold, Instance
 from disaggworker.router.metrics import Metrics
 from disaggworker.router.request import Request, request_id
+from disaggworker.router.upstream import Reply, Unreachable, UpstreamError, Upstreams
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 4
+ATTEMPTS = 4  # in a row that brought the answer no further
+_RELEASE_S = 5.0
+# What the client has not taken yet, in bytes: above the one decode is not read from, below the other it is again.
+_MOST_UNSENT, _LEAST_UNSENT, _LOOK_AGAIN_S = 256 * 1024, 64 * 1024, 0.01
 _STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -37,11 +43,14 @@ _STREAM_HEADERS = {
 class Lost(Exception):
     """An attempt came to nothing, and not by the request's fault.
 
-    `instance` failed it (None: there was none), by what it `answered`, or without a whole answer.
+    `instance` failed it (None: there was none), by what it `answered`, or without a whole answer; `further`: not without
+    having brought the answer further.
     """
 
-    def __init__(self, instance: Instance | None, why: str, *, answered: bool = False) -> None:
-        self.instance, self.answered = instance, answered
+    def __init__(
+        self, instance: Instance | None, why: str, *, answered: bool = False, further: bool = False
+    ) -> None:
+        self.instance, self.answered, self.further = instance, answered, further
         super().__init__(why)
 
 
@@ -58,13 +67,14 @@ class Proxy:
         fleet: Fleet,
         admission: Admission,
         metrics: Metrics,
-        session: aiohttp.ClientSession,
+        upstreams: Upstreams,
     ) -> None:
         self.config, self.fleet, self.admission = config, fleet, admission
-        self.metrics, self.session = metrics, session
+        self.metrics, self.upstreams = metrics, upstreams
         self.clock = asyncio.get_running_loop().time
         self.active: set[str] = set()
         self.closing = False  # SIGTERM has come: connections are not kept alive
+        self._releases: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -77,6 +87,22 @@ class Proxy:
     async def idle(self) -> None:
         """Until no request is in flight."""
         await self._idle.wait()
+
+    def release(self, instance: Instance, params: dict[str, Any]) -> None:
+        """Nobody will pull this KV: say so, in the background. Where that is not heard, or no door for it, its lease ends it."""
+        if "handoff" in params:
+            task = asyncio.create_task(self._release(instance, params))
+            self._releases.add(task)
+            task.add_done_callback(self._releases.discard)
+
+    async def _release(self, instance: Instance, params: dict[str, Any]) -> None:
+        with contextlib.suppress(UpstreamError, TimeoutError):
+            async with asyncio.timeout(_RELEASE_S):
+                body = msgspec.json.encode(params)
+                with contextlib.closing(
+                    await self.upstreams.post(instance.seen.url, "/release", body)
+                ) as reply:
+                    await reply.read()
 
     async def _serve(self, http: web.Request, *, chat: bool) -> web.StreamResponse:
         arrived_s = self.clock()
@@ -133,9 +159,10 @@ class Exchange:
         self._first_s = self._last_s = 0.0
         self._queued = True
         self._client: web.StreamResponse | None = None  # once its stream has begun
-        self._sent: object = None  # the first token that the client has
+        self._tokens = 0  # of the answer so far
+        self._answered: list[int] = []  # which they are, where the engine says so
+        self._seed: int | None = None  # with which they are drawn, where the engine says so
         self._uncached = 0
-        self._output_tokens = 0
         self.outcome = names.FAILED
 
     async def answer(self) -> web.StreamResponse:
@@ -170,7 +197,7 @@ class Exchange:
         metrics.uncached_tokens += self._uncached
         metrics.answer(
             self._request.input_tokens,
-            self._output_tokens,
+            self._tokens,
             self._first_s - self._arrived_s,
             self._last_s - self._first_s,
         )
@@ -179,10 +206,10 @@ class Exchange:
         if self.outcome != names.OK:  # a client may hang up as soon as it has read the last frame
             self.outcome = names.CANCELLED
 
-    def _leave_queue(self) -> None:
+    def _leave_queue(self, *, served: bool = False) -> None:
         if self._queued:
             self._queued = False
-            self._proxy.admission.leave()
+            self._proxy.admission.leave(served=served)
 
     async def _fail(self, response: web.Response, body: bytes) -> web.StreamResponse:
         """The error as the answer, or as the last frames of a stream that has begun."""
@@ -194,56 +221,71 @@ class Exchange:
         return self._client
 
     async def _run(self) -> web.StreamResponse:
-        for attempt in range(1, ATTEMPTS + 1):
+        failures = 0
+        while True:
             try:
                 return await self._attempt()
             except Lost as lost:
-                log.warning("request %s, attempt %d: %s", self._request.id, attempt, lost)
+                failures = 1 if lost.further else failures + 1
+                log.warning("request %s, %d in a row: %s", self._request.id, failures, lost)
                 if lost.instance is not None:
                     self._fault(lost.instance, answered=lost.answered)
-                if self._client is not None and not self._request.repeatable:
+                if self._client is not None and not self._can_go_on:
+                    why = "the answer cannot go on elsewhere: its engine names neither tokens nor seed"
+                    raise errors.InstanceFailed(f"{lost}; {why}") from lost
+                if failures == ATTEMPTS:
                     raise errors.InstanceFailed(
-                        f"an instance failed after the first token of an answer that is sampled anew each time: {lost}"
+                        f"{failures} attempts failed, the last one so: {lost}"
                     ) from lost
-                why = str(lost)
-        raise errors.InstanceFailed(f"{ATTEMPTS} attempts failed, the last one so: {why}")
+
+    @property
+    def _can_go_on(self) -> bool:
+        return self._seed is not None and len(self._answered) == self._tokens
 
     # ------------------------------------------------------------------------------------- one attempt
 
     async def _attempt(self) -> web.StreamResponse:
-        instance = await self._proxy.admission.prefill()
-        speaks_vllm = instance.seen.engine == vllm.NAME
-        hold = Hold(instance, queued_tokens=self._request.input_tokens)
+        request, resume = self._request, None
+        if self._client is None:
+            self._tokens, self._answered = 0, []
+        elif self._seed is not None:
+            resume = Resume(answered=self._answered, seed=self._seed)
+        instance = await self._proxy.admission.prefill(request)
+        hold = Hold(instance, queued_tokens=request.input_tokens + len(self._answered))
+        params: dict[str, Any] = {}
         try:
-            if speaks_vllm:
-                vllm.refuse(self._request.body)
-            answer = await self._prefill(instance)
+            if instance.seen.engine == vllm.NAME:
+                vllm.refuse(request.body)
+                answer = await self._prefill(instance, vllm.for_prefill(request.body, chat=request.chat))
+                hold.answered()
+                self._take(instance, answer)
+                return await self._decode_vllm(hold, answer["kv_transfer_params"])
+            answer = await self._prefill(instance, request.for_prefill(resume))
             hold.answered()
-            self._take(instance, answer, first=not speaks_vllm)
             params = answer["kv_transfer_params"]
-            if speaks_vllm:
-                return await self._decode_vllm(hold, params)
+            self._take(instance, answer, resumed=resume is not None)
+            self._take_token(answer)
             done = params.get("done") is True
-            if self._request.stream:
-                await self._send_first(answer, done)
+            if request.stream:
+                await self._send_token(answer, done)
             if done:
+                hold.end()
                 return await self._end_at_first(answer)
-            return await self._decode(hold, params)
+            return await self._decode(hold, answer)
         finally:
+            if hold.leased:
+                self._proxy.release(instance, params)
             hold.end()
 
-    async def _prefill(self, instance: Instance) -> dict[str, Any]:
+    async def _prefill(self, instance: Instance, asked: bytes) -> dict[str, Any]:
         try:
-            request = self._request
-            speaks_vllm = instance.seen.engine == vllm.NAME
-            body = vllm.for_prefill(request.body, chat=request.chat) if speaks_vllm else request.for_prefill()
-            async with self._post(instance, body) as upstream:
-                data = await upstream.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Lost(instance, f"{instance} failed: {_said(error)}") from error
-        self._judge(instance, upstream.status, data)
+            with contextlib.closing(await self._post(instance, asked)) as reply:
+                body = await reply.read()
+        except UpstreamError as error:
+            raise Lost(instance, f"{instance} failed: {error}") from error
+        self._judge(instance, reply.status, body)
         try:
-            answer = msgspec.json.decode(data)
+            answer = msgspec.json.decode(body)
             choice = answer["choices"][0]
             _ = choice["message"]["content"] if self._request.chat else choice["text"]
             if type(answer["usage"]["prompt_tokens"]) is not int:
@@ -258,79 +300,157 @@ class Exchange:
             ) from error
         return answer  # type: ignore[no-any-return]
 
-    def _take(self, instance: Instance, answer: dict[str, Any], *, first: bool) -> None:
-        """Prefill's answer is here: the `first` token, unless decode's own is, and the truth about the prompt's length."""
+    def _take(self, instance: Instance, answer: dict[str, Any], *, resumed: bool = False) -> None:
+        """Prefill's answer is here, and with it the truth about the prompt's length."""
+        self._fleet.generated(instance)
         self._fleet.worked(instance)
-        self._leave_queue()
-        if first and not self._first_s:
-            self._first_s = self._last_s = self._clock()
+        self._leave_queue(served=True)
         usage = answer["usage"]
         self._request.input_tokens = usage["prompt_tokens"]
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        self._uncached = max(0, usage["prompt_tokens"] - cached)
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        self._fleet.cached(instance, cached)
+        if resumed:
+            self._proxy.metrics.continuations += 1
+        else:
+            self._uncached = max(0, usage["prompt_tokens"] - (cached or 0))
 
-    async def _send_first(self, answer: dict[str, Any], done: bool) -> None:
-        """The first token, at once; after a failure, only the assurance that it is the one that was sent."""
-        request = self._request
-        choice = answer["choices"][0]
-        token = choice.get("token_ids") or (choice["message"]["content"] if request.chat else choice["text"])
-        if self._client is not None:
-            if (token, done) != self._sent:
-                raise errors.InstanceFailed(
-                    "an instance failed after the first token, and sampling it again gave another"
-                )
-            return
-        client = self._client = await self._begin()
-        self._sent = token, done
-        await self._write(
-            client,
-            frames.first(
-                answer,
-                chat=request.chat,
-                finish=done,
-                usage=request.include_usage,
-                token_ids=request.wants_token_ids,
-            ),
+    def _take_token(self, answer: dict[str, Any]) -> None:
+        """Prefill's own token is the answer's next one."""
+        self._last_s = self._clock()
+        if not self._first_s:
+            self._first_s = self._last_s
+        self._tokens += 1
+        self._answered += answer["choices"][0].get("token_ids") or ()
+        seed = answer["kv_transfer_params"].get("seed")
+        self._seed = seed if type(seed) is int else None
+
+    async def _send_token(self, answer: dict[str, Any], done: bool) -> None:
+        """Prefill's token, at once: the first of the answer, or the next of one that goes on."""
+        request, begins = self._request, self._client is None
+        client = self._client = self._client or await self._begin()
+        frame = frames.token(
+            answer,
+            chat=request.chat,
+            begins=begins,
+            finish=done,
+            usage=request.include_usage,
+            ids=request.wants_token_ids,
         )
+        await self._write(client, frame)
+
+    async def _begin(self) -> web.StreamResponse:
+        """The client's stream."""
+        client = web.StreamResponse(headers={**_STREAM_HEADERS, "X-Request-Id": self._request.id})
+        if self._proxy.closing:
+            client.force_close()
+        try:
+            await client.prepare(self._http)
+        except ConnectionError as error:
+            raise ClientGone from error
+        return client
 
     async def _end_at_first(self, answer: dict[str, Any]) -> web.StreamResponse:
-        request = self._request
-        self._output_tokens = 1
         if self._client is not None:
-            end = frames.last(answer, chat=request.chat, usage=request.include_usage)
-            await self._write(self._client, end)
-            self.outcome = names.OK
-            return await self._finish(self._client)
+            return await self._end_stream(self._client, answer)
         self.outcome = names.OK
         del answer["kv_transfer_params"]
-        if not request.wants_token_ids:
+        if not self._request.wants_token_ids:
             answer["choices"][0].pop("token_ids", None)
-        return self._proxy.headed(errors.response(200, msgspec.json.encode(answer)), request.id)
+        return self._proxy.headed(errors.response(200, msgspec.json.encode(answer)), self._request.id)
 
-    async def _decode(self, lease: Hold, params: dict[str, Any]) -> web.StreamResponse:
+    async def _end_stream(self, client: web.StreamResponse, answer: dict[str, Any]) -> web.StreamResponse:
+        """The frames after the last token."""
+        request = self._request
+        usage = (request.input_tokens, self._tokens) if request.include_usage else None
+        await self._write(client, frames.end(answer, chat=request.chat, usage=usage))
+        self.outcome = names.OK
+        return await self._finish(client)
+
+    async def _decode(self, lease: Hold, answer: dict[str, Any]) -> web.StreamResponse:
         key = lease.instance.seen.pairing_key
-        body = self._request.for_decode(params)
+        body = self._request.for_decode(answer["kv_transfer_params"], token_ids=self._can_go_on)
         while True:
             instance = self._fleet.decode(key, self._clock())
             if instance is None:
                 raise Lost(None, f"no decode instance of pairing key {key} is ready")
-            hold = Hold(instance, kv_tokens=self._request.input_tokens + 1)
+            hold = Hold(instance, kv_tokens=self._request.input_tokens + self._tokens)
             try:
-                async with self._post(instance, body) as upstream:
-                    if upstream.status != 200:
-                        self._judge(instance, upstream.status, await upstream.read())
+                with contextlib.closing(await self._post(instance, body)) as reply:
+                    if reply.status != 200:
+                        self._judge(instance, reply.status, await reply.read())
                     lease.end()  # headers come only after the pull
                     if self._client is None:
-                        return await self._pass_answer(instance, upstream)
-                    return await self._pass_stream(self._client, instance, upstream, hold)
-            except aiohttp.ClientConnectorError as error:
+                        return await self._pass_answer(instance, reply)
+                    return await self._pass_stream(self._client, answer, reply, hold)
+            except Unreachable as error:
                 # It never saw the request, so the KV is still on prefill, for another decode.
-                log.warning("request %s: %s", self._request.id, _said(error))
+                log.warning("request %s: %s", self._request.id, error)
                 self._fault(instance)
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                raise Lost(instance, f"{instance} failed: {_said(error)}") from error
+            except UpstreamError as error:
+                raise Lost(instance, f"{instance} failed: {error}") from error
             finally:
                 hold.end()
+
+    async def _pass_answer(self, instance: Instance, reply: Reply) -> web.Response:
+        body = await reply.read()
+        try:
+            self._tokens = int(msgspec.json.decode(body)["usage"]["completion_tokens"])
+        except (msgspec.DecodeError, LookupError, TypeError, ValueError) as error:
+            raise Lost(instance, f"{instance} answered without usage: {error!r}", answered=True) from error
+        self._last_s = self._clock()
+        self._fleet.generated(instance)
+        self._fleet.worked(instance)
+        self.outcome = names.OK
+        return self._proxy.headed(errors.response(200, body), self._request.id)
+
+    async def _pass_stream(
+        self, client: web.StreamResponse, answer: dict[str, Any], reply: Reply, hold: Hold
+    ) -> web.StreamResponse:
+        stream = frames.Frames(hide=not self._request.wants_token_ids)
+        why = await self._relay(reply, stream, hold)
+        self._tokens += stream.tokens
+        self._answered += stream.ids
+        if stream.done:
+            self._fleet.worked(hold.instance)
+            self.outcome = names.OK
+            return await self._finish(client)
+        if stream.finished:  # all that it had to say
+            return await self._end_stream(client, answer)
+        raise Lost(hold.instance, why, answered=bool(stream.error), further=stream.tokens > 0)
+
+    async def _relay(self, reply: Reply, stream: frames.Frames | vllm.Frames, hold: Hold) -> str:
+        """Decode's frames, from its socket to the client's without a task in between; why it was not done at the end."""
+        instance, clock = hold.instance, self._clock
+        transport, chunked = self._http.transport, self._http.version >= (1, 1)
+        seen = 0
+
+        def sink(piece: bytes) -> None:
+            nonlocal seen
+            whole = stream.feed(piece)
+            if stream.tokens > seen:
+                if not seen:
+                    self._fleet.generated(instance)
+                self._last_s = clock()
+                hold.grow(stream.tokens - seen)
+                seen = stream.tokens
+            if not whole:
+                return
+            if transport is None or transport.is_closing():
+                raise ClientGone
+            transport.write(b"%x\r\n%b\r\n" % (len(whole), whole) if chunked else whole)
+            if transport.get_write_buffer_size() > _MOST_UNSENT:
+                reply.pause()
+                _resume_later(reply, transport)
+
+        try:
+            await reply.stream(sink)
+        except UpstreamError as error:
+            return f"{instance} failed in mid-stream: {error}"
+        if stream.error:
+            return f"{instance} failed in mid-stream: {stream.error[:200].decode('utf-8', 'replace').strip().removeprefix('data: ')}"
+        return f"{instance} ended its stream before the answer's end"
+
+    # ------------------------------------------------------------------------------------- vLLM's second step
 
     async def _decode_vllm(self, lease: Hold, params: dict[str, Any]) -> web.StreamResponse:
         """The rest of vLLM's two steps. Until decode's first token is here, whatever fails costs the client only time."""
@@ -346,15 +466,15 @@ class Exchange:
             hold = Hold(instance, kv_tokens=request.input_tokens + 1)
             sent_s = self._clock()
             try:
-                async with self._post(instance, body) as upstream:
-                    if upstream.status != 200:
-                        self._judge(instance, upstream.status, await upstream.read())
+                with contextlib.closing(await self._post(instance, body)) as reply:
+                    if reply.status != 200:
+                        self._judge(instance, reply.status, await reply.read())
                     if request.stream:
-                        return await self._vllm_stream(lease, hold, upstream, answered_s)
-                    data = await upstream.read()
+                        return await self._vllm_stream(lease, hold, reply, answered_s)
+                    data = await reply.read()
                 try:
                     answer = msgspec.json.decode(data)
-                    self._output_tokens = int(answer["usage"]["completion_tokens"])
+                    self._tokens = int(answer["usage"]["completion_tokens"])
                     own_s = vllm.first_token_s(answer)
                 except (msgspec.DecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
                     raise Lost(
@@ -365,130 +485,52 @@ class Exchange:
                 self._first_s = self._last_s if own_s is None else sent_s + own_s
                 if vllm.late(self._first_s - answered_s):
                     raise Lost(None, f"{instance} came for its KV after {prefill} had let go of it")
+                self._fleet.generated(instance)
                 self._fleet.worked(instance)
                 self.outcome = names.OK
                 return self._proxy.headed(errors.response(200, data), request.id)
-            except aiohttp.ClientConnectorError as error:
+            except Unreachable as error:
                 # It never saw the request, so the KV is still on prefill, for another decode.
-                log.warning("request %s: %s", request.id, _said(error))
+                log.warning("request %s: %s", request.id, error)
                 self._fault(instance)
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                raise Lost(instance, f"{instance} failed: {_said(error)}") from error
+            except UpstreamError as error:
+                raise Lost(instance, f"{instance} failed: {error}") from error
             finally:
                 hold.end()
 
     async def _vllm_stream(
-        self, lease: Hold, hold: Hold, upstream: aiohttp.ClientResponse, answered_s: float
+        self, lease: Hold, hold: Hold, reply: Reply, answered_s: float
     ) -> web.StreamResponse:
         """The headers come before the pull, and say nothing; the first token does."""
-        instance, request = hold.instance, self._request
-        stream = vllm.Frames(keep_usage=request.include_usage)
-        seen = 0
+        instance = hold.instance
+        stream, begun = vllm.Frames(keep_usage=self._request.include_usage), b""
         try:
-            async with asyncio.timeout_at(answered_s + vllm.LATE_S) as patience:
-                async for chunk in upstream.content.iter_any():
-                    whole = stream.feed(chunk)
-                    if stream.begun and self._client is None:
-                        patience.reschedule(None)
-                        lease.end()
-                        self._first_s = self._clock()
-                        self._client = await self._begin()
-                    if stream.error is not None:
-                        break
-                    if stream.tokens > seen:
-                        self._last_s = self._clock()
-                        hold.grow(stream.tokens - seen)
-                        seen = stream.tokens
-                    if whole and self._client is not None:
-                        await self._write(self._client, whole)
-                    if stream.done:
-                        self._output_tokens = stream.tokens
-                        self.outcome = names.OK
+            async with asyncio.timeout_at(answered_s + vllm.LATE_S):
+                while not stream.begun and stream.error is None and (piece := await reply.piece()):
+                    begun += stream.feed(piece)
         except TimeoutError as error:
-            if self._client is None:
-                why = f"{instance} gave no token before {lease.instance} let go of its KV"
-                raise Lost(instance, why, answered=True) from error
-            raise
-        except (aiohttp.ClientError, OSError) as error:
-            if self._client is None:
-                raise Lost(instance, f"{instance} failed: {_said(error)}") from error
-            self._fault(instance)
-            raise errors.InstanceFailed(
-                f"the decode instance failed in mid-stream: {_said(error)}"
-            ) from error
-        if self._client is None:
+            why = f"{instance} gave no token before {lease.instance} let go of its KV"
+            raise Lost(instance, why, answered=True) from error
+        if not stream.begun:
             said = (stream.error or b"nothing")[:200].decode("utf-8", "replace")
             raise Lost(instance, f"{instance} answered no token but {said}", answered=True)
+        lease.end()
+        self._first_s = self._last_s = self._clock()
+        client = self._client = await self._begin()
+        await self._write(client, begun)
+        why = await self._relay(reply, stream, hold)
+        self._tokens = stream.tokens
         if not stream.done:
-            self._fault(instance, answered=stream.error is not None)
-            raise errors.InstanceFailed("the decode instance failed in mid-stream")
-        self._fleet.worked(instance)
-        return await self._finish(self._client)
-
-    async def _begin(self) -> web.StreamResponse:
-        """The client's stream."""
-        client = web.StreamResponse(headers={**_STREAM_HEADERS, "X-Request-Id": self._request.id})
-        if self._proxy.closing:
-            client.force_close()
-        try:
-            await client.prepare(self._http)
-        except ConnectionError as error:
-            raise ClientGone from error
-        return client
-
-    async def _pass_answer(self, instance: Instance, upstream: aiohttp.ClientResponse) -> web.Response:
-        body = await upstream.read()
-        try:
-            self._output_tokens = int(msgspec.json.decode(body)["usage"]["completion_tokens"])
-        except (msgspec.DecodeError, LookupError, TypeError, ValueError) as error:
-            raise Lost(instance, f"{instance} answered without usage: {error!r}", answered=True) from error
-        self._last_s = self._clock()
+            raise Lost(instance, why, answered=stream.error is not None)
         self._fleet.worked(instance)
         self.outcome = names.OK
-        return self._proxy.headed(errors.response(200, body), self._request.id)
-
-    async def _pass_stream(
-        self,
-        client: web.StreamResponse,
-        instance: Instance,
-        upstream: aiohttp.ClientResponse,
-        hold: Hold,
-    ) -> web.StreamResponse:
-        stream = frames.Frames()
-        seen = 0
-        try:
-            async for chunk in upstream.content.iter_any():
-                whole = stream.feed(chunk)
-                if stream.tokens != seen:
-                    self._last_s = self._clock()
-                    hold.grow(stream.tokens - seen)
-                    seen = stream.tokens
-                if whole:
-                    await self._write(client, whole)
-                if stream.done and not stream.error:
-                    self._output_tokens = 1 + seen
-                    self.outcome = names.OK
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            if not stream.done:
-                self._fault(instance)
-                raise errors.InstanceFailed(
-                    f"the decode instance failed in mid-stream: {_said(error)}"
-                ) from error
-        if not stream.done and not stream.error:
-            raise errors.InstanceFailed("the decode instance ended its stream before the answer's end")
-        if self.outcome == names.OK:
-            self._fleet.worked(instance)
         return await self._finish(client)
 
     # ------------------------------------------------------------------------------------- wires
 
-    def _post(self, instance: Instance, body: bytes) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+    async def _post(self, instance: Instance, body: bytes) -> Reply:
         path = "/v1/chat/completions" if self._request.chat else "/v1/completions"
-        return self._proxy.session.post(
-            instance.seen.url + path,
-            data=body,
-            headers={"Content-Type": "application/json", "X-Request-Id": self._request.id},
-        )
+        return await self._proxy.upstreams.post(instance.seen.url, path, body, self._request.id)
 
     def _judge(self, instance: Instance, status: int, body: bytes) -> None:
         """Raises Lost for what another instance may do better, Passed for what is the request's own fault."""
@@ -516,5 +558,14 @@ class Exchange:
         return client
 
 
-def _said(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+def _resume_later(reply: Reply, transport: asyncio.WriteTransport) -> None:
+    """Read on when the client has taken what it was sent; one that is gone ends the exchange by itself."""
+
+    def look() -> None:
+        if transport.is_closing() or transport.get_write_buffer_size() < _LEAST_UNSENT:
+            reply.resume()
+        else:
+            loop.call_later(_LOOK_AGAIN_S, look)
+
+    loop = asyncio.get_running_loop()
+    loop.call_later(_LOOK_AGAIN_S, look)

@@ -5,15 +5,19 @@ Only what the router itself must know is judged here; the rest is the instances'
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 from typing import Any
 
 import msgspec
 
+from disaggserve.protocol import Resume
 from disaggworker.router.errors import UnknownModel, WrongRequest
+from disaggworker.router.prefixes import Prefix, prefix
 
 _BYTES_PER_TOKEN = 4  # of English text under the usual tokenizers; only until prefill has counted
+_MARGIN = 64  # levels of nesting: bodies are written and read again below more frames than here
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -26,7 +30,7 @@ class Request:
         "id",
         "include_usage",
         "input_tokens",
-        "repeatable",
+        "prefix",
         "stream",
         "wants_token_ids",
     )
@@ -45,17 +49,14 @@ class Request:
             if not _is_count(body.get(field, 1)):
                 raise WrongRequest(f"{field} must be a whole number of at least 1", field)
         self.stream = _flag(body, "stream")
-        options = body.get("stream_options")
-        self.include_usage = isinstance(options, dict) and options.get("include_usage") is True
+        self.include_usage = _include_usage(body)
         self.wants_token_ids = _flag(body, "return_token_ids")
-        # The same tokens come again from the start: greedy, or sampled from a given seed.
-        self.repeatable = body.get("temperature") == 0 or body.get("seed") is not None
         self.chat, self.id, self.body = chat, id, body
-        self.input_tokens = _messages(body) if chat else _prompt(body)
+        self.input_tokens, self.prefix = _messages(body) if chat else _prompt(body)
 
-    def for_prefill(self) -> bytes:
+    def for_prefill(self, resume: Resume | None = None) -> bytes:
         """The same prompt for one token, its KV kept. The client's own limits ride in the params: prefill must know
-        whether the answer ends at its first token."""
+        whether the answer ends at its first token. `resume`: for the token after those that the client has."""
         body = dict(self.body)
         limit = body.pop("max_tokens", None)
         if self.chat:
@@ -65,6 +66,8 @@ class Request:
         for field in ("min_tokens", "stop"):
             if body.get(field) is not None:
                 params[field] = body[field]
+        if resume is not None:
+            params["resume"] = resume
         body.pop("stream_options", None)  # refused where nothing streams
         if isinstance(body.get("min_tokens"), int):
             body["min_tokens"] = min(body["min_tokens"], 1)
@@ -76,9 +79,12 @@ class Request:
         }
         return msgspec.json.encode(body)
 
-    def for_decode(self, kv_transfer_params: object) -> bytes:
-        """What the client sent, and where the KV is."""
-        return msgspec.json.encode({**self.body, "kv_transfer_params": kv_transfer_params})
+    def for_decode(self, kv_transfer_params: object, *, token_ids: bool = False) -> bytes:
+        """What the client sent, and where the KV is. `token_ids`: the answer shall name its tokens."""
+        body = {**self.body, "kv_transfer_params": kv_transfer_params}
+        if token_ids:
+            body["return_token_ids"] = True
+        return msgspec.json.encode(body)
 
 
 def request_id(said: str | None) -> str:
@@ -86,10 +92,25 @@ def request_id(said: str | None) -> str:
     return said if said and _SANE_ID.fullmatch(said) else uuid.uuid4().hex
 
 
+def _finite(text: str) -> float:
+    """1e999 would be infinite, which JSON cannot say again."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is no number that can be held")
+    return value
+
+
+_decode = msgspec.json.Decoder(float_hook=_finite).decode
+
+
 def _object(raw: bytes) -> dict[str, Any]:
     try:
-        body = msgspec.json.decode(raw)
-        msgspec.json.encode(body)  # what cannot be said again, such as 10**400, cannot be passed on
+        body = deeper = _decode(raw)
+        for _ in range(_MARGIN):
+            deeper = [deeper]
+        msgspec.json.encode(
+            deeper
+        )  # what cannot be said again, however deep in the stack, cannot be passed on
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
         raise WrongRequest(f"the body is not JSON that can be read: {error}") from None
     if not isinstance(body, dict):
@@ -103,28 +124,43 @@ def _is_count(value: object) -> bool:
 
 def _flag(body: dict[str, Any], field: str) -> bool:
     value = body.get(field)
-    if value not in (None, True, False):
+    if value is not None and not isinstance(value, bool):
         raise WrongRequest(f"{field} must be true or false", field)
     return bool(value)
 
 
-def _prompt(body: dict[str, Any]) -> int:
+def _include_usage(body: dict[str, Any]) -> bool:
+    """Judged here because prefill, which judges the rest, is not told: only decode streams."""
+    options = body.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise WrongRequest("stream_options must be an object", "stream_options")
+    usage = (options or {}).get("include_usage")
+    if usage is not None and not isinstance(usage, bool):
+        raise WrongRequest(
+            "stream_options.include_usage must be true or false", "stream_options.include_usage"
+        )
+    return bool(usage)
+
+
+def _prompt(body: dict[str, Any]) -> tuple[int, Prefix]:
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = body["prompt"] = prompt[0]
     if isinstance(prompt, str):
-        return _guess(prompt)
+        text = prompt.encode()
+        return _guess(text), prefix(text)
     if isinstance(prompt, list) and prompt and all(type(t) is int and t >= 0 for t in prompt):
-        return len(prompt)
+        return len(prompt), prefix(prompt)
     raise WrongRequest("prompt must be one string or one list of token ids", "prompt")
 
 
-def _messages(body: dict[str, Any]) -> int:
+def _messages(body: dict[str, Any]) -> tuple[int, Prefix]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise WrongRequest("messages must be a list of at least one message object", "messages")
-    return sum(_guess(str(m.get("content") or "")) for m in messages)
+    tokens = sum(_guess(str(m.get("content") or "").encode()) for m in messages)
+    return tokens, prefix(msgspec.json.encode([body.get("tools"), messages]))
 
 
-def _guess(text: str) -> int:
-    return len(text.encode()) // _BYTES_PER_TOKEN + 1
+def _guess(text: bytes) -> int:
+    return len(text) // _BYTES_PER_TOKEN + 1

@@ -46,7 +46,8 @@ class Decode:
                 param="kv_transfer_params",
             )
         limit = text.limit(ask, handoff.prompt_tokens)
-        if handoff.done or limit < 2 or handoff.prompt_tokens < 1:
+        answered = handoff.answered
+        if handoff.done or limit < 2 + len(answered) or handoff.prompt_tokens < 1:
             raise RequestError(
                 "Nothing is left to decode: the first token ends this request.", param="kv_transfer_params"
             )
@@ -55,7 +56,7 @@ class Decode:
                 "kv_transfer_params lacks the first token's logprobs: prefill was not asked for them.",
                 param="kv_transfer_params",
             )
-        reply = Reply(text.bytes, ask, Token(handoff.first_token_id, handoff.first_logprobs))
+        reply = Reply(text.bytes, ask, Token(handoff.first_token_id, handoff.first_logprobs), answered)
         admitted: asyncio.Future[None] = self._instance.loop.create_future()
 
         def admit() -> None:
@@ -67,18 +68,19 @@ class Decode:
             dataclasses.replace(ask.sampling, seed=handoff.seed),
             limit,
             reply.on_token,
-            output=[handoff.first_token_id],
+            output=[*answered, handoff.first_token_id],
             on_admitted=lambda: instance.call_soon(admit),
         )
         engine.submit(sequence)
         try:
-            await self._pull(handoff, sequence, admitted)
-            identity, created = instance.identity(request, ask), int(time.time())
-            if ask.stream:
-                frames = openai.Frames(ask, identity, created, name, text.spelling)
-                return await self._stream(request, reply, frames, handoff)
-            while not reply.finish:
-                await reply.wait()
+            with instance.book.decoding(request, lambda: handoff.prompt_tokens + reply.tokens):
+                await self._pull(handoff, sequence, admitted)
+                identity, created = instance.identity(request, ask), int(time.time())
+                if ask.stream:
+                    frames = openai.Frames(ask, identity, created, name, text.spelling)
+                    return await self._stream(request, reply, frames, handoff)
+                while not reply.finish:
+                    await reply.wait()
             body = openai.answer(
                 ask,
                 identity,
@@ -93,7 +95,7 @@ class Decode:
             # Ended or not: a stop string ends what the engine would go on with, and so does a client that left.
             engine.abort(sequence)
             if reply.finish:
-                self._observe(sequence, reply.tokens)
+                self._observe(sequence, reply.tokens - len(answered))
 
     def _observe(self, sequence: Sequence, tokens: int) -> None:
         metrics = self._instance.metrics
@@ -120,9 +122,9 @@ class Decode:
                 layout, frames = await client.pull(handoff)
                 self._fits(layout, handoff)
                 if pace and handoff.gpu:
-                    whole_s = pace.transfer_s(handoff.prompt_tokens, handoff.gpu, handoff.rdma)
+                    whole_s = pace.transfer_s(len(layout.tokens), handoff.gpu, handoff.rdma)
                     await asyncio.sleep(begun + whole_s - self._instance.loop.time())
-            engine.pulled(sequence, layout.tokens, frames)
+            engine.pulled(sequence, layout.tokens[: handoff.prompt_tokens], frames)
         finally:
             renewing.cancel()
             # Arrived, or not wanted any more: the prefill worker needs its blocks either way.
@@ -155,10 +157,10 @@ class Decode:
             str(pool.dtype).removeprefix("torch."),
         )
         theirs = (layout.layers, layout.kv_heads, layout.head_dim, layout.block_tokens, layout.dtype)
-        tokens = len(layout.tokens)
-        if mine != theirs or tokens != handoff.prompt_tokens or layout.blocks != blocks_for(tokens):
+        tokens, wanted = len(layout.tokens), handoff.prompt_tokens + len(handoff.answered)
+        if mine != theirs or tokens != wanted or layout.blocks != blocks_for(tokens):
             raise TransferError(
-                f"The prefill worker's KV is {theirs} for {tokens} tokens; this worker's is {mine} for {handoff.prompt_tokens}."
+                f"The prefill worker's KV is {theirs} for {tokens} tokens; this worker's is {mine} for {wanted}."
             )
 
     async def _stream(

@@ -12,6 +12,7 @@ from aiohttp import web
 from disaggworker import openai
 from disaggworker.config import Config
 from disaggworker.engine.engine import Engine
+from disaggworker.load import Book
 from disaggworker.metrics import Metrics
 from disaggworker.pace import Pace
 from disaggworker.worker.text import Text
@@ -26,6 +27,7 @@ class Instance:
     engine: Engine
     text: Text
     metrics: Metrics
+    book: Book
     loop: asyncio.AbstractEventLoop
 
     def call_soon(self, action: Callable[[], None]) -> None:

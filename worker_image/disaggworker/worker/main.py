@@ -10,11 +10,13 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import torch
 import uvloop
 from aiohttp import web
 
 from disaggserve import metric_names as names
+from disaggserve.protocol import Handoff
 from disaggworker import config as configuration
 from disaggworker import openai
 from disaggworker.config import Config
@@ -26,6 +28,7 @@ from disaggworker.kv.blocks import BLOCK_TOKENS, BlockManager
 from disaggworker.kv.pool import Pool, blocks_in_memory
 from disaggworker.kv.pull import KVClient
 from disaggworker.kv.serve import KVServer
+from disaggworker.load import Book
 from disaggworker.metrics import CONTENT_TYPE, Metrics
 from disaggworker.model.load import Model, load
 from disaggworker.pace import Pace
@@ -64,6 +67,7 @@ class Worker:
         self.config = config
         self.pace = Pace.of(config)
         self.metrics = Metrics(config.served_name, config.role)
+        self.book = Book(lambda: self._counts() | {"leased_blocks": self._leased_blocks()})
         self._instance: Instance | None = None  # None while it loads
         self._serve: Serve | None = None
         self._in_flight = 0
@@ -91,8 +95,10 @@ class Worker:
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
         app.router.add_get("/state", self._state)
+        app.router.add_get("/load", self._load)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/release", self._release)
         app.router.add_post("/v1/completions", self._guarded(chat=False))
         app.router.add_post("/v1/chat/completions", self._guarded(chat=True))
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
@@ -110,6 +116,7 @@ class Worker:
             return 1
         await self._stopping.wait()
         await self._drain()
+        self.book.close()
         if self._instance:
             self._instance.engine.close()
             await asyncio.to_thread(thread.join)
@@ -167,7 +174,7 @@ class Worker:
             self._fault = StartError(f"{config.weights} cannot be served: {e}")
             self._loop.call_soon_threadsafe(self._loaded.set)
             return
-        instance = Instance(config, self.pace, engine, text, self.metrics, self._loop)
+        instance = Instance(config, self.pace, engine, text, self.metrics, self.book, self._loop)
         if self._kv_server:
             self._serve = Prefill(instance, self._kv_server).serve
             self._kv_server.serve(pool)
@@ -247,12 +254,29 @@ class Worker:
             "total_blocks": scheduler.blocks.total,
         }
 
+    def _leased_blocks(self) -> int:
+        return self._kv_server.leased_blocks if self._kv_server else 0
+
+    async def _load(self, request: web.Request) -> web.StreamResponse:
+        if self._instance is None:
+            return web.json_response({"status": "loading"}, status=503)
+        return await self.book.stream(request)
+
+    async def _release(self, request: web.Request) -> web.Response:
+        """A router that will not have a hand-off pulled gives it back."""
+        try:
+            handoff = msgspec.json.decode(await request.read(), type=Handoff)
+        except msgspec.DecodeError as e:
+            return web.Response(status=400, body=openai.error(f"This is no hand-off: {e}.", 400))
+        if self._kv_server:
+            self._kv_server.drop(handoff.handoff)
+        return web.json_response({"status": "released"})
+
     async def _state(self, _: web.Request) -> web.Response:
-        server = self._kv_server
         facts = {
             "role": self.config.role,
             **self._counts(),
-            "leased_blocks": server.leased_blocks if server else 0,
+            "leased_blocks": self._leased_blocks(),
             "emulated": self.pace is not None,
         }
         return web.json_response(facts)

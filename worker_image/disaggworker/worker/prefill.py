@@ -11,7 +11,7 @@ import uuid
 import msgspec
 from aiohttp import web
 
-from disaggserve.protocol import Handoff
+from disaggserve.protocol import Handoff, Resume
 from disaggworker import openai
 from disaggworker.engine.detokenize import TextStream
 from disaggworker.engine.sequence import Sequence, Token
@@ -38,7 +38,7 @@ class Prefill:
             handoff,
             sequence.kv.generation,
             sequence.kv.blocks,
-            sequence.prompt,
+            [*sequence.prompt, *sequence.output[:-1]],  # the last token is not in the cache yet
             lambda: engine.release(sequence),
         )
 
@@ -52,7 +52,12 @@ class Prefill:
                 param="kv_transfer_params",
             )
         prompt = text.prompt(ask)
+        limit = text.limit(ask, len(prompt))
+        resume = _resume(ask, limit, len(text.bytes))
         seed = ask.seed if ask.seed is not None else secrets.randbits(62)
+        answered = resume.answered if resume else []
+        if resume:
+            seed = resume.seed
         first: asyncio.Future[tuple[Token, str | None]] = self._instance.loop.create_future()
 
         def on_token(token: Token, finish: str | None) -> None:
@@ -60,18 +65,19 @@ class Prefill:
                 first.set_result((token, finish))
 
         sequence = Sequence(
-            prompt, dataclasses.replace(ask.sampling, seed=seed), text.limit(ask, len(prompt)), on_token
+            prompt, dataclasses.replace(ask.sampling, seed=seed), limit, on_token, output=list(answered)
         )
         engine.submit(sequence)
         try:
-            token, finish = await first
+            with self._instance.book.queued(request, sequence.length):
+                token, finish = await first
         except asyncio.CancelledError:
             engine.abort(sequence)
             # The abort may have come after the prefill: then a lease has begun.
             engine.post(lambda: self._drop(sequence))
             raise
         handoff, generation = self._handoffs.pop(sequence, ("", 0))
-        piece = shown(TextStream(text.bytes, ask.stops), token, finish)
+        piece = shown(TextStream(text.bytes, ask.stops, answered), token, finish)
         if piece.finish and handoff:
             self._server.drop(handoff)
         metrics.ttft.observe(sequence.first_token_s - sequence.arrived_s)
@@ -90,6 +96,7 @@ class Prefill:
             generation=generation,
             pairing_key=config.pairing_key,
             seed=seed,
+            answered=answered,
             gpu=pace.gpu.product if pace else "",
             rdma=pace.rdma if pace else False,
         )
@@ -109,3 +116,27 @@ class Prefill:
         handoff, _ = self._handoffs.pop(sequence, ("", 0))
         if handoff:
             self._server.drop(handoff)
+
+
+def _resume(ask: openai.Ask, limit: int, vocabulary: int) -> Resume | None:
+    """The answer that is to go on, if one is. Raises `RequestError`."""
+    said = ask.params.get("resume")
+    if said is None:
+        return None
+    try:
+        resume = msgspec.convert(said, Resume)
+    except msgspec.ValidationError as e:
+        raise RequestError(
+            f"kv_transfer_params.resume is not what a router says: {e}.", param="kv_transfer_params"
+        ) from None
+    if not all(0 <= token < vocabulary for token in resume.answered):
+        raise RequestError(
+            f"kv_transfer_params.resume holds token ids outside 0 to {vocabulary - 1}.",
+            param="kv_transfer_params",
+        )
+    if not 0 < len(resume.answered) < limit:
+        raise RequestError(
+            f"kv_transfer_params.resume has {len(resume.answered)} tokens of an answer of at most {limit}; it needs one and must leave one.",
+            param="kv_transfer_params",
+        )
+    return resume

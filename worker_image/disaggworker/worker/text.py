@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -80,14 +81,17 @@ def shown(stream: TextStream, token: Token, finish: str | None) -> openai.Piece:
 class Reply:
     """A decode answer as it grows, on the event loop. It begins with the prefill worker's token."""
 
-    def __init__(self, table: list[bytes], ask: openai.Ask, first: Token) -> None:
-        self._stream = TextStream(table, ask.stops)
+    def __init__(
+        self, table: list[bytes], ask: openai.Ask, first: Token, answered: Sequence[int] = ()
+    ) -> None:
+        """`answered`: tokens before the first one here, which the client has."""
+        self._stream = TextStream(table, ask.stops, answered)
         self._waiter: asyncio.Future[None] | None = None
         begun = shown(self._stream, first, None)
         # The router has streamed the first token.
         self.pieces = [] if ask.stream else [begun]
         self._streams = ask.stream
-        self.tokens = 1
+        self.tokens = len(answered) + 1
         self.finish: str | None = None
 
     def on_token(self, token: Token, finish: str | None) -> None:
