@@ -6,6 +6,9 @@ Arguments: weights, tp, pp, dtype, a file for the logits. Some steps are in flig
 from __future__ import annotations
 
 import functools
+import itertools
+import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from disaggworker.config import read
 from disaggworker.engine.parallel.rank import follow
-from disaggworker.engine.parallel.ranks import Ranks
+from disaggworker.engine.parallel.ranks import Link, Ranks
 from disaggworker.engine.parallel.stage import lead
 from disaggworker.engine.step import Step
 from disaggworker.kv.blocks import blocks_for
@@ -50,7 +53,9 @@ def steps(lanes: int) -> Iterator[tuple[list[int], list[int], Step]]:
             counts = [min(share(LENGTHS[r]), LENGTHS[r] - done[r]) or 1 for r in rows]
             new = [known[r][done[r] : done[r] + count] for r, count in zip(rows, counts, strict=True)]
             answers = list(range(0, len(rows), 2))
-            step = Step(sum(new, []), counts, [done[r] for r in rows], [owned[r] for r in rows], answers)
+            step = Step(
+                [*itertools.chain(*new)], counts, [done[r] for r in rows], [owned[r] for r in rows], answers
+            )
             for r, count in zip(rows, counts, strict=True):
                 done[r] += count
             if rows:
@@ -67,7 +72,7 @@ def main() -> int:
         ranks.listen()
         logits: dict[str, Tensor] = {}
         with torch.inference_mode():
-            runner, _, _ = lead(config, ranks)
+            runner, _ = lead(config, ranks)
             flying = deque()
             for number, (_, _, step) in enumerate(steps(2)):
                 flying.append((number, runner.begin(step)))
@@ -79,4 +84,31 @@ def main() -> int:
         save_file(logits, Path(out))
     finally:
         ranks.close()
+    return 0
+
+
+def leave_ranks() -> int:
+    """A worker with two ranks, one that listens and one that hangs, is killed in another session; says who they were."""
+    read_end, write_end = os.pipe()
+    worker = os.fork()
+    if not worker:
+        os.setsid()
+
+        def body(rank: int, link: Link) -> None:
+            os.write(write_end, f"{os.getpid()}\n".encode())
+            while True:
+                if rank == 1:
+                    link.hear()
+                else:
+                    signal.pause()
+
+        ranks = Ranks(2, body)
+        signal.pause()
+        ranks.close()
+    pids = b""
+    while pids.count(b"\n") < 2:
+        pids += os.read(read_end, 64)
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    print(pids.decode())
     return 0

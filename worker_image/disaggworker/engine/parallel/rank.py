@@ -13,7 +13,7 @@ from disaggworker.config import Config
 from disaggworker.engine.parallel.group import Group, join_store
 from disaggworker.engine.parallel.part import Part
 from disaggworker.engine.parallel.ranks import End, Failed, Link, Loaded, Meet, Note, Run, Serve
-from disaggworker.engine.parallel.stage import Stage, blocks, load_share
+from disaggworker.engine.parallel.stage import Stage, load_share, room
 from disaggworker.engine.runner import Runner
 from disaggworker.errors import StartError
 from disaggworker.kv.pool import Pool
@@ -47,12 +47,12 @@ class Idle:
 
 
 def follow(config: Config, rank: int, link: Link, attend: Attend = Idle) -> None:
-    """Until rank 0 is done or gone. Exits with 1 when this rank cannot go on, and says why."""
+    """Until rank 0 is done; raises `EOFError` when it is gone. Exits with 1 when this rank cannot go on, and says why."""
     try:
         with torch.inference_mode():
             _follow(config, rank, link, attend)
     except EOFError:
-        return
+        raise
     except Exception as e:
         # torch raises plain Exceptions for memory and for peers that are gone.
         link.say(Failed(" ".join(str(e).split()), isinstance(e, StartError), time.monotonic()))
@@ -65,7 +65,7 @@ def _follow(config: Config, rank: int, link: Link, attend: Attend) -> None:
     device = device_of(rank, config.tp * config.pp)
     group = Group(join_store(meet.port, config.tp * config.pp), config.tp, config.pp, rank, device)
     model, _ = load_share(config, rank, group)
-    link.say(Loaded(blocks(config, model)))
+    link.say(Loaded(room(config, model)))
     serve = link.hear()
     assert isinstance(serve, Serve)
     pool = Pool(model.layers, model.kv_heads, model.head_dim, serve.blocks, model.dtype, model.device)

@@ -104,7 +104,7 @@ class Ranks:
         self._lock = threading.Lock()
         self._loaded: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._failed: dict[int, Failed] = {}
-        self._ended = threading.Event()  # one of them has
+        self.ended = False  # one of them, and not because it was told to
         self._closing = False
         self.on_note: Callable[[int, bytes], None] = lambda rank, body: None
         self.on_end: Callable[[], None] = lambda: None
@@ -171,7 +171,7 @@ class Ranks:
         self._closing = True
         with contextlib.suppress(RankLost):
             self.order(End())
-        until_s = time.monotonic() + (0.0 if self._ended.is_set() else _PATIENCE_S)
+        until_s = time.monotonic() + (0.0 if self.ended else _PATIENCE_S)
         for process in self._processes:
             process.join(max(0.0, until_s - time.monotonic()))
             process.kill()
@@ -187,9 +187,9 @@ class Ranks:
                     reply: Reply = _read_reply(pipe.recv_bytes())
                 except (EOFError, OSError):
                     del ranks[pipe]
-                    self._ended.set()
                     self._loaded.put(None)
                     if not self._closing:
+                        self.ended = True
                         self.on_end()
                     continue
                 match reply:
@@ -210,4 +210,5 @@ def _become(body: Body, rank: int, pipe: Connection, parent: int, others: list[C
         signal.signal(number, signal.SIG_IGN)
     for other in others:
         other.close()  # or the worker's end of a pipe would outlive the worker
-    body(rank, Link(pipe))
+    with contextlib.suppress(EOFError):
+        body(rank, Link(pipe))

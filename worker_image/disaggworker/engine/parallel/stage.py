@@ -31,7 +31,7 @@ def load_share(config: Config, rank: int, group: Group) -> tuple[Model, frozense
     return load(config.weights, config.dtype, share)
 
 
-def blocks(config: Config, model: Model) -> int:
+def room(config: Config, model: Model) -> int:
     """KV blocks that this rank has memory for, or that the flag says. Raises `StartError`."""
     return config.kv_blocks or blocks_in_memory(
         model.layers, model.kv_heads, model.head_dim, model.dtype, model.device
@@ -117,8 +117,8 @@ class Lead(Runner):
                 self.on_ready()
 
 
-def lead(config: Config, ranks: Ranks) -> tuple[Lead, frozenset[int], int]:
-    """Load the model on all ranks: what carries steps out, the end-of-text tokens, and the KV blocks of the instance.
+def lead(config: Config, ranks: Ranks) -> tuple[Lead, frozenset[int]]:
+    """Load the model on all ranks: what carries steps out, and the end-of-text tokens.
 
     Raises `StartError`, `RankLost`.
     """
@@ -128,7 +128,7 @@ def lead(config: Config, ranks: Ranks) -> tuple[Lead, frozenset[int], int]:
     ranks.order(Meet(port))
     group = Group(store, config.tp, config.pp, 0, device)
     model, ends = load_share(config, 0, group)
-    total = min(blocks(config, model), ranks.loaded())
+    total = min(room(config, model), ranks.loaded())
     ranks.order(Serve(total))
     pool = Pool(model.layers, model.kv_heads, model.head_dim, total, model.dtype, model.device)
-    return Lead(model, pool, group, ranks), ends, total
+    return Lead(model, pool, group, ranks), ends
