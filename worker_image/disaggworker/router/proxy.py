@@ -251,7 +251,7 @@ class Exchange:
         elif self._seed is not None:
             resume = Resume(answered=self._answered, seed=self._seed)
         instance = await self._proxy.admission.prefill(request)
-        hold = Hold(instance, queued_tokens=request.input_tokens + len(self._answered))
+        hold = Hold(instance, queued_tokens=request.uncached_tokens + len(self._answered))
         params: dict[str, Any] = {}
         try:
             if instance.seen.engine == vllm.NAME:

@@ -32,6 +32,7 @@ class Request:
         "input_tokens",
         "prefix",
         "stream",
+        "uncached_tokens",
         "wants_token_ids",
     )
 
@@ -53,6 +54,7 @@ class Request:
         self.wants_token_ids = _flag(body, "return_token_ids")
         self.chat, self.id, self.body = chat, id, body
         self.input_tokens, self.prefix = _messages(body) if chat else _prompt(body)
+        self.uncached_tokens = self.input_tokens  # on the prefill instance that is chosen
 
     def for_prefill(self, resume: Resume | None = None) -> bytes:
         """The same prompt for one token, its KV kept. The client's own limits ride in the params: prefill must know
