@@ -43,6 +43,7 @@ from disaggworker.worker.prefill import Prefill
 from disaggworker.worker.text import Text
 
 _BATCH_TOKENS = 512  # L_m where no pace says another
+_ALONE_S = 5.0  # after a fault of the engine, until it is taken for its own
 _BODY_BYTES = 32 << 20
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -58,7 +59,7 @@ def run(argv: list[str]) -> int:
     ranks = Ranks(size - 1, functools.partial(follow, config)) if size > 1 else None
     try:
         code: int = uvloop.run(Worker(config, ranks).main())
-        if ranks and ranks.ended:
+        if ranks and ranks.ended.is_set():
             ranks.close()
             sys.stderr.flush()
             # The engine's thread may be in an all-reduce that never ends; nothing waits for it.
@@ -160,7 +161,9 @@ class Worker:
         try:
             engine.run()
         except Exception as e:
-            self._fail(e if isinstance(e, WorkerError) else WorkerError(f"The engine failed: {e}"))
+            # Where a rank has ended, an all-reduce may fail before it is known which one.
+            if not (self._ranks and self._ranks.ended.wait(_ALONE_S)):
+                self._fail(e if isinstance(e, WorkerError) else WorkerError(f"The engine failed: {e}"))
 
     def _prepare(self) -> Engine:
         """Raises `WorkerError`, and whatever torch and tokenizers raise."""

@@ -104,7 +104,8 @@ class Ranks:
         self._lock = threading.Lock()
         self._loaded: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._failed: dict[int, Failed] = {}
-        self.ended = False  # one of them, and not because it was told to
+        self._gone: list[int] = []
+        self.ended = threading.Event()  # one of them, and not because it was told to
         self._closing = False
         self.on_note: Callable[[int, bytes], None] = lambda rank, body: None
         self.on_end: Callable[[], None] = lambda: None
@@ -155,9 +156,9 @@ class Ranks:
 
     def lost(self) -> RankLost:
         """What happened to the rank that ended first."""
-        for process in self._processes:
-            process.join(0.1)  # the pipe may have ended a moment before
-        for rank, process in enumerate(self._processes, 1):
+        for rank in list(self._gone):
+            process = self._processes[rank - 1]
+            process.join(_PATIENCE_S)  # its pipe has ended, and so will it
             if process.exitcode is not None and process.exitcode < 0:
                 name = signal.Signals(-process.exitcode).name
                 return RankLost(f"Rank {rank} of this worker was ended by {name}; the worker ends with it.")
@@ -171,7 +172,7 @@ class Ranks:
         self._closing = True
         with contextlib.suppress(RankLost):
             self.order(End())
-        until_s = time.monotonic() + (0.0 if self.ended else _PATIENCE_S)
+        until_s = time.monotonic() + (0.0 if self.ended.is_set() else _PATIENCE_S)
         for process in self._processes:
             process.join(max(0.0, until_s - time.monotonic()))
             process.kill()
@@ -186,10 +187,11 @@ class Ranks:
                 try:
                     reply: Reply = _read_reply(pipe.recv_bytes())
                 except (EOFError, OSError):
-                    del ranks[pipe]
+                    rank = ranks.pop(pipe)
+                    self._gone.append(rank)
                     self._loaded.put(None)
                     if not self._closing:
-                        self.ended = True
+                        self.ended.set()
                         self.on_end()
                     continue
                 match reply:
