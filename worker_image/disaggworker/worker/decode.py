@@ -34,6 +34,8 @@ class Decode:
         """Raises `RequestError`, `TransferError`."""
         instance = self._instance
         engine, text, name = instance.engine, instance.text, instance.config.served_name
+        if instance.config.pace is None and instance.config.tp * instance.config.pp > 1:
+            raise TransferError("KV is not handed over to an instance of several ranks yet.")
         try:
             handoff = msgspec.convert(ask.params, Handoff)
         except msgspec.ValidationError as e:
