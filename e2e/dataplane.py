@@ -109,7 +109,7 @@ class Pods:
         """Listens from now on; what has changed meanwhile is told to who asks from where it was."""
         app = web.Application()
         app.router.add_get(f"/api/v1/namespaces/{NAMESPACE}/pods", self._answer)
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.0)
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, self._address, PORT).start()
 
@@ -143,6 +143,7 @@ class Member:
     role: str  # prefill, decode, router
     address: str
     process: Process
+    argv: tuple[str, ...]
     ready: bool = False
     terminating: bool = False
 
@@ -234,9 +235,24 @@ class DataPlane:
         worker.ready = True
         self.tell(worker)
 
+    async def restart(self, member: Member) -> None:
+        """A killed one's process starts anew in the same pod, as by the kubelet. It is ready, or listens, on return."""
+        member.process = await self._spawn(member.name, member.address, member.argv)
+        if member.role == "router":
+            await until(lambda: self._answers(member, "/health"), f"{member.name} listens")
+        else:
+            self.show(member, ready=False)
+            await self.ready(member)
+
     async def _start(self, role: str, argv: Sequence[str], address: str = "") -> Member:
         name = f"{role}-{next(self._numbers)}"
         address = address or self._addresses.take()
+        process = await self._spawn(name, address, argv)
+        member = Member(name, role, address, process, tuple(argv))
+        self.members.append(member)
+        return member
+
+    async def _spawn(self, name: str, address: str, argv: Sequence[str]) -> Process:
         environment = {
             **{key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR") if key in os.environ},
             "KUBECONFIG": str(self._folder / "kubeconfig"),
@@ -244,16 +260,13 @@ class DataPlane:
             "POD_IP": address,
             "POD_NAME": name,
         }
-        process = await self._forks.spawn(
+        return await self._forks.spawn(
             ["disaggworker", *argv],
             env=environment,
             cwd=self._folder,
             log=self._folder / f"{name}.log",
             call="disaggworker.__main__:main",
         )
-        member = Member(name, role, address, process)
-        self.members.append(member)
-        return member
 
     def tell(self, worker: Member) -> None:
         """The pod's present state to whoever watches."""
@@ -324,6 +337,10 @@ class DataPlane:
             async with self.session.get(member.url + path) as answer:
                 return answer.status == 200
         return False
+
+    async def until_sees(self, router: Member, ready: bool = True) -> None:
+        """When `sees` is true."""
+        await until(lambda: self.sees(router, ready), f"{router.name} sees instances: {ready}")
 
     async def json(self, member: Member, path: str) -> Json:
         """A GET of JSON."""

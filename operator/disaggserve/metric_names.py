@@ -74,6 +74,13 @@ VLLM_QUEUE_TIME = "vllm:request_queue_time_seconds"
 VLLM_PREFILL_TIME = "vllm:request_prefill_time_seconds"
 VLLM_DECODE_TIME = "vllm:request_decode_time_seconds"
 VLLM_PREEMPTIONS = "vllm:num_preemptions_total"
+VLLM_PROMPT_TOKENS_BY_SOURCE = "vllm:prompt_tokens_by_source_total"  # {source}
+PULLED = "external_kv_transfer"  # the source of what was pulled
+VLLM_KV_EXPIRED = "vllm:nixl_num_kv_expired_reqs_total"  # on prefill
+VLLM_KV_LATE = (
+    "vllm:nixl_num_notifications_after_expiry_total"  # on prefill: pulls of KV that was no longer held
+)
+VLLM_KV_FAILED = "vllm:nixl_num_failed_transfers_total"
 
 # ------------------------------------------------------------------------------------------------ help texts
 
@@ -108,6 +115,10 @@ HELP = {
     VLLM_PREFILL_TIME: "Time that a request's prefill took, in seconds.",
     VLLM_DECODE_TIME: "Time from a request's first token to its last, in seconds.",
     VLLM_PREEMPTIONS: "Requests put back for want of KV blocks.",
+    VLLM_PROMPT_TOKENS_BY_SOURCE: "Prompt tokens by where their KV came from.",
+    VLLM_KV_EXPIRED: "Requests whose KV nobody fetched before its lease ended.",
+    VLLM_KV_LATE: "Fetches of KV whose lease had ended: what they got may be another request's.",
+    VLLM_KV_FAILED: "Fetches of KV that failed.",
 }
 
 # ------------------------------------------------------------------------------------------------ edges

@@ -7,7 +7,6 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager
-from functools import partial
 from typing import Any, TypeVar
 
 from e2e.dataplane import DataPlane, Member, until
@@ -60,10 +59,9 @@ class Served:
         """Without a decode instance every request waits in the queue."""
 
         async def show() -> None:
-            plane = self.plane
-            plane.show(self.decode, ready=ready)
-            for router in plane.alive("router"):
-                await until(partial(plane.sees, router, ready), f"{router.name} sees decode ready: {ready}")
+            self.plane.show(self.decode, ready=ready)
+            for router in self.plane.alive("router"):
+                await self.plane.until_sees(router, ready)
 
         self.call(show())
 
@@ -79,5 +77,5 @@ class Served:
 async def serve(background: Background, plane: DataPlane) -> AsyncIterator[Served]:
     async with plane:
         members = await asyncio.gather(plane.worker("prefill"), plane.worker("decode"), plane.router())
-        await until(lambda: plane.sees(members[2]), "the router sees both")
+        await plane.until_sees(members[2])
         yield Served(background, plane, *members)

@@ -32,6 +32,7 @@ class Leases:
     def __init__(self, lease_s: float) -> None:
         """`lease_s`: seconds from each renewal to the end; infinite on a rank that rank 0 tells of the end."""
         self.lease_s = lease_s
+        self.expired = 0  # that ended by time alone
         self._held: dict[str, Lease] = {}
         self._lock = threading.Lock()
 
@@ -84,6 +85,7 @@ class Leases:
         with self._lock:
             ended = [name for name, lease in self._held.items() if lease.until_s < now_s]
             leases = [self._held.pop(name) for name in ended]
+            self.expired += len(ended)
         for lease in leases:
             lease.free()
 

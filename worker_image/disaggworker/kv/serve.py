@@ -69,6 +69,7 @@ class KVServer:
         """Binds at once; `serve` starts to answer. `ways`: what it offers beside pieces. Raises `StartError`."""
         self._key, self._follows = pairing_key, follows
         self.leases = Leases(math.inf if follows else lease_s)
+        self.late = 0  # pulls of hand-offs that are held no longer
         self._ways = {way.way: way for way in ways}
         self._memories: dict[protocol.Way, protocol.Memory | None] = {}
         self._sendings: dict[tuple[bytes, int], _Sending] = {}
@@ -191,6 +192,7 @@ class KVServer:
         if lease is None:
             if wait_until_s:
                 return self._early.append((wait_until_s, peer, ask))
+            self.late += 1
             return self._gone(peer, ask)
         granted = protocol.Granted(
             ask=ask.ask,
