@@ -61,7 +61,7 @@ TORCH = Engine(
     architectures=frozenset({"opt", "llama", "qwen3"}),
     flags=_flags(
         "--model --weights --served-name --context-length --dtype --tp --pp --pairing-key --host --port "
-        "--kv-port --pace"
+        "--kv-port --chunk --pace"
     ),
 )
 # vLLM's max_num_batched_tokens on data-centre GPUs. NixlConnector: P's one token is dropped, D's is the
