@@ -66,9 +66,12 @@ def for_prefill(body: dict[str, Any], *, chat: bool) -> bytes:
     )
 
 
-def for_decode(body: dict[str, Any], kv_transfer_params: dict[str, Any]) -> bytes:
-    """What the client sent, and where the KV is. A stream always says how many tokens it had: frames may hold several."""
-    out = {**body, "kv_transfer_params": kv_transfer_params}
+def for_decode(body: dict[str, Any], kv_transfer_params: dict[str, Any] | None) -> bytes:
+    """What the client sent, and where the KV is (None: it shall be computed there). A stream always says how many tokens it
+    had: frames may hold several."""
+    out = dict(body)
+    if kv_transfer_params is not None:
+        out["kv_transfer_params"] = kv_transfer_params
     if body.get("stream"):
         out["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
     return msgspec.json.encode(out)
@@ -96,7 +99,7 @@ def aborted(answer: dict[str, Any]) -> bool:
 class Frames:
     """A decode's stream on its way through: told apart, counted, and without the usage that only the router asked for."""
 
-    __slots__ = ("_keep_usage", "_rest", "begun", "done", "error", "tokens")
+    __slots__ = ("_keep_usage", "_rest", "begun", "done", "error", "tokens", "usage")
 
     def __init__(self, *, keep_usage: bool) -> None:
         self._keep_usage, self._rest = keep_usage, b""
@@ -104,6 +107,7 @@ class Frames:
         self.done = False
         self.error: bytes | None = None  # the frame that says what failed, without `data: `
         self.tokens = 0  # one a frame, until usage at the end says how many there were
+        self.usage: dict[str, Any] = {}
 
     def feed(self, chunk: bytes) -> bytes:
         """The whole frames that are here now, to be passed on; none from an error on."""
@@ -132,6 +136,7 @@ class Frames:
 
     def _count(self, frame: bytes) -> None:
         try:
-            self.tokens = int(msgspec.json.decode(frame[6:])["usage"]["completion_tokens"])
+            self.usage = msgspec.json.decode(frame[6:])["usage"]
+            self.tokens = int(self.usage["completion_tokens"])
         except (msgspec.DecodeError, LookupError, TypeError, ValueError):
             return  # frames were counted
