@@ -334,4 +334,4 @@ def test_kv_whose_lease_ran_out_is_computed_again_and_never_served(stack: Stack)
 def test_the_pods_end_when_they_have_nothing_to_do(stack: Stack) -> None:
     """Deleting the resource drains them: by their counters, long before the drain timeout of two minutes."""
     stack.plane.kubectl("delete", "dsv", NAME, "--wait=false")
-    until(lambda: not stack.pods(NAME, "prefill") + stack.pods(NAME, "decode"), "no pod to be left", 60)
+    until(lambda: not (stack.pods(NAME, "prefill") or stack.pods(NAME, "decode")), "no pod to be left", 60)
