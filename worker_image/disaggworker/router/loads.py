@@ -93,6 +93,8 @@ class Loads:
                     return False
                 if reply.status != 200:
                     raise Broken(f"it answered {reply.status}")
+                if reply.headers.get(b"content-type") != b"application/x-ndjson":
+                    return False  # vLLM has something else behind a door of this name
                 try:
                     await reply.stream(take)
                 except _OtherVersion:
