@@ -25,6 +25,11 @@ NAME = "vllm"  # of the pods' engine label
 # Prefill's lease begins a little before its answer is here.
 LATE_S = LEASE_S - 2.0
 
+# Prefill's token is dropped: nothing that shapes it matters, and some of it would be refused beside one token.
+_OF_THE_ANSWER = (
+    *("max_tokens", "max_completion_tokens", "min_tokens", "stream_options", "stop", "echo"),
+    *("logprobs", "top_logprobs"),
+)
 _REMOTE = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
 
 
@@ -49,8 +54,7 @@ def refuse(body: dict[str, Any]) -> None:
 def for_prefill(body: dict[str, Any], *, chat: bool) -> bytes:
     """The same prompt for one token, its KV kept for whoever asks."""
     out = dict(body)
-    for field in ("max_tokens", "max_completion_tokens", "min_tokens", "stream_options", "stop", "echo"):
-        # Prefill's token is dropped: nothing that shapes it matters, and some of it would be refused beside one token.
+    for field in _OF_THE_ANSWER:
         out.pop(field, None)
     return msgspec.json.encode(
         out
