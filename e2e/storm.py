@@ -1,7 +1,8 @@
 """Requests whose right answers are known, sent whatever happens to those that serve them, and what became of each.
 
-Greedy, so that an answer is right or wrong token by token. `learn` asks everything once in calm weather; prompts of which two
-next tokens are nearly as likely are left out, for a batch of another size may round them the other way.
+Greedy or sampled from a seed of their own, so that an answer is right or wrong token by token. `learn` asks everything once in
+calm weather; greedy ones of which two next tokens are nearly as likely are left out: a batch of another size may round them the
+other way.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Ask:
     tokens: int
     stream: bool
     leave_after: int | None = None
+    seed: int | None = None  # sampled; None: greedy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class End:
 def draw(
     seed: int, count: int, over_s: float, *, prompt: tuple[int, int], tokens: tuple[int, int], leave: float
 ) -> list[Ask]:
-    """Arrivals and lengths uniform; half of them streams, of which the share `leave` goes early."""
+    """Arrivals and lengths uniform; most are streams, of which the share `leave` goes early; a third are sampled."""
     rng = random.Random(seed)
     asks = []
     for number in range(count):
@@ -56,7 +58,8 @@ def draw(
         stream = rng.random() < 0.75
         early = rng.randrange(wanted) if stream and rng.random() < leave else None
         words = tuple(rng.choices(range(4, 256), k=rng.randint(*prompt)))
-        asks.append(Ask(number, rng.uniform(0, over_s), words, wanted, stream, early))
+        sampled = number if rng.random() < 1 / 3 else None
+        asks.append(Ask(number, rng.uniform(0, over_s), words, wanted, stream, early, sampled))
     return sorted(asks, key=lambda ask: ask.due_s)
 
 
@@ -86,7 +89,7 @@ class Storm:
         (choice,) = json.loads(text)["choices"]
         for top in choice["logprobs"]["top_logprobs"]:
             first, second, *_ = sorted(top.values(), reverse=True) if len(top) > 1 else (1.0, 0.0)
-            if first - second < _NEAR:
+            if ask.seed is None and first - second < _NEAR:
                 return None
         return tuple(choice["token_ids"])
 
@@ -113,7 +116,8 @@ class Storm:
             "model": self._model,
             "prompt": list(ask.prompt),
             "max_tokens": ask.tokens,
-            "temperature": 0,
+            "temperature": 0 if ask.seed is None else 1,
+            "seed": ask.seed,
             "ignore_eos": True,
             "stream": ask.stream,
             "return_token_ids": True,

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -58,10 +60,25 @@ def variables(home: Path) -> Mapping[str, str]:
         "PYTHONPATH": str(SITE),
         "PYTHONDONTWRITEBYTECODE": "",  # hundreds of modules, to be compiled once
         "VLLM_CACHE_ROOT": str(folder() / "cache"),
+        "VLLM_RPC_BASE_PATH": tempfile.gettempdir(),  # a socket's path may have 107 letters, and a pod's own folder lies deep
         "HOME": str(home),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
+
+
+def launcher(target: Path) -> Path:
+    """A folder with `vllm` and `python3`, as the image has them, for containers: the flags and variables of a CPU added."""
+    target.mkdir(parents=True, exist_ok=True)
+    home = target / "home"
+    exports = "".join(f"export {k}={shlex.quote(v)}\n" for k, v in variables(home).items())
+    script = target / "vllm"
+    script.write_text(f'#!/bin/sh\n{exports}exec {shlex.join(command())} "$@" {shlex.join(CPU_FLAGS)}\n')
+    script.chmod(0o755)
+    python = target / "python3"
+    python.unlink(missing_ok=True)
+    python.symlink_to(folder() / "bin" / "python3")
+    return script
 
 
 def make() -> Path:

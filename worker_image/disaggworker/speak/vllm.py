@@ -31,6 +31,7 @@ from disaggserve.protocol import Handoff
 from disaggworker import openai
 from disaggworker.engine.detokenize import TextStream
 from disaggworker.engine.engine import Engine, Event
+from disaggworker.engine.runner import Runner
 from disaggworker.engine.sequence import Sequence, Token
 from disaggworker.errors import HandoffGone, RequestError, StartError, TransferError, WorkerError
 from disaggworker.kv.blocks import BLOCK_TOKENS, BlockManager, blocks_for
@@ -176,7 +177,7 @@ class Server:
                     batch_tokens=self._settings.batch_tokens,
                     lanes=self._pace.times.pp if self._pace else 1,
                 )
-                engine = Engine(model, pool, self._scheduler, ends, self._pace, self._sink)
+                engine = Engine(Runner(model, pool), self._scheduler, ends, self._pace, self._sink)
                 engine.warm_up()
         except StartError as e:
             self._fault = e
@@ -382,7 +383,7 @@ class Server:
             self._figures.pulled_tokens += sequence.length
         except HandoffGone:
             # vLLM reads the blocks all the same, whoever has them by now.
-            engine.post(lambda: None if sequence.aborted else self._scheduler.join(sequence))
+            engine.post(lambda: self._scheduler.join_unfetched(sequence))
             self._figures.pulled_tokens += sequence.length
         except TransferError as e:
             self._failed_pulls += 1
