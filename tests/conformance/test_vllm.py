@@ -22,7 +22,7 @@ from tests.conformance.servers import CONTEXT, LEASE_S, MODEL, Body, Client, Pai
 PROMPT = list(range(20, 120))
 LONG: Body = {"model": MODEL, "prompt": PROMPT, "max_tokens": CONTEXT, "temperature": 0, "ignore_eos": True}
 SHORT: Body = LONG | {"max_tokens": 12}
-PULLED = f"{names.VLLM_PROMPT_TOKENS_BY_SOURCE}{{{names.VLLM_EXTERNAL}}}"
+PULLED = f"{names.VLLM_PROMPT_TOKENS_BY_SOURCE}{{{names.PULLED}}}"
 KEYS = (
     "do_remote_prefill do_remote_decode remote_block_ids remote_engine_id remote_request_id remote_host remote_port "
     "tp_size dcp_size pp_size remote_num_tokens remote_blocks_expiry_time transfer_mode remote_prefill_cached_tokens"

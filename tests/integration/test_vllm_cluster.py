@@ -28,7 +28,7 @@ from e2e.vllm import environment
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm, pytest.mark.timeout(1500)]
 
 MODEL, NAME, CONTEXT = "test/llama-tiny", "tiny", 512
-PULLED = f"{names.VLLM_PROMPT_TOKENS_BY_SOURCE}{{{names.VLLM_EXTERNAL}}}"
+PULLED = f"{names.VLLM_PROMPT_TOKENS_BY_SOURCE}{{{names.PULLED}}}"
 START_S = 600.0  # four servers on two cores, whatever else runs there
 Json = dict[str, Any]
 
@@ -140,7 +140,7 @@ class Client:
             for labels, value in re.findall(
                 rf"^{re.escape(name.partition('{')[0])}\{{(.*)\}} (\S+)$", text, re.M
             ):
-                if "{" not in name or f'source="{names.VLLM_EXTERNAL}"' in labels:
+                if "{" not in name or f'source="{names.PULLED}"' in labels:
                     total += float(value)
         return total
 

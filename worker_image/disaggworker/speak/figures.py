@@ -41,7 +41,7 @@ class Figures:
         out += [f"# HELP {name} {names.HELP[name]}", f"# TYPE {name} counter"]
         for source, tokens in (
             ("local_compute", self.local_tokens),
-            (names.VLLM_EXTERNAL, self.pulled_tokens),
+            (names.PULLED, self.pulled_tokens),
         ):
             out.append(f'{name}{{{self._label},source="{source}"}} {tokens}')
         for name, histogram in (self.times | self.lengths).items():

@@ -30,12 +30,6 @@ class Both(Scheduler):
         else:
             super().join(sequence)
 
-    def join_unfetched(self, sequence: Sequence) -> None:
-        """Decode on whatever stands in the sequence's blocks."""
-        if sequence.kv is not None and not sequence.aborted:
-            sequence.computed = len(sequence.prompt)
-            self.join(sequence)
-
     def leave(self, sequence: Sequence) -> None:
         if sequence in self.fetching:
             self.fetching.remove(sequence)

@@ -36,7 +36,7 @@ from disaggworker.engine.sequence import Sequence, Token
 from disaggworker.errors import HandoffGone, RequestError, StartError, TransferError, WorkerError
 from disaggworker.kv.blocks import BLOCK_TOKENS, BlockManager, blocks_for
 from disaggworker.kv.pool import Pool
-from disaggworker.kv.pull import KVClient
+from disaggworker.kv.pull import KVClient, Puller
 from disaggworker.kv.serve import KVServer
 from disaggworker.metrics import CONTENT_TYPE
 from disaggworker.model.load import load
@@ -186,6 +186,7 @@ class Server:
             self._fault = StartError(f"{config.weights} cannot be served: {e}")
         else:
             self._kv_server.serve(pool)
+            self._kv_client.puller = Puller(self._settings.fingerprint, pool)
             self._engine = engine
         self._loop.call_soon_threadsafe(loaded.set)
         if self._engine:
@@ -369,27 +370,31 @@ class Server:
             generation=0,
             pairing_key="",
             seed=0,
+            lease_s=self._config.lease_s,
         )
+        prompt: list[int] | None = None
         renewing = self._loop.create_task(self._renew(handoff))
         try:
             await admitted
             async with self._pulls:
                 begun = self._loop.time()
-                _, frames = await client.pull(handoff)
+                assert sequence.kv is not None
+                await client.pull(handoff, sequence.kv.blocks[: blocks_for(sequence.length)])
                 if self._pace and said:
                     whole_s = self._pace.transfer_s(sequence.length, said["gpu"], said["rdma"])
                     await asyncio.sleep(begun + whole_s - self._loop.time())
-            engine.pulled(sequence, sequence.prompt, frames)
+            prompt = sequence.prompt
             self._figures.pulled_tokens += sequence.length
         except HandoffGone:
             # vLLM reads the blocks all the same, whoever has them by now.
-            engine.post(lambda: self._scheduler.join_unfetched(sequence))
+            prompt = sequence.prompt
             self._figures.pulled_tokens += sequence.length
         except TransferError as e:
             self._failed_pulls += 1
             raise _Failed from e
         finally:
             renewing.cancel()
+            engine.pulled(sequence, prompt)
             self._background(handoff)
 
     async def _renew(self, handoff: Handoff) -> None:
@@ -513,7 +518,7 @@ class Server:
             names.VLLM_WAITING: len(scheduler.waiting) + len(scheduler.preempted) + len(scheduler.fetching),
             names.VLLM_KV_USAGE: 1 - blocks.free / blocks.total,
             names.VLLM_PREEMPTIONS: scheduler.preemptions,
-            names.VLLM_KV_EXPIRED: server.expired,
+            names.VLLM_KV_EXPIRED: server.leases.expired,
             names.VLLM_KV_LATE: server.late,
             names.VLLM_KV_FAILED: self._failed_pulls,
             names.WORKER_EMULATED: int(self._pace is not None),
