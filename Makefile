@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements/torch.txt)
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup controlplane kernels demo test e2e bench lint format crds clean
+.PHONY: help setup controlplane kernels demo test e2e e2e-vllm bench lint format crds clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z0-9]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do printf '  make %-14s %s\n' "$$t" "$$d"; done
@@ -49,6 +49,10 @@ test: controlplane kernels lint ## lint and all tests but the long ones
 
 e2e: controlplane kernels ## everything, the long tests too
 	@$(BIN)/python -m pytest -q
+
+e2e-vllm: controlplane kernels ## a real vLLM on this CPU behind our operator and router (6 GB into the user's cache, once)
+	@$(BIN)/python -m e2e.vllm.environment
+	@$(BIN)/python -m pytest -m vllm -q
 
 bench: $(READY) ## the benchmarks; each prints ratios and how they were measured
 	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done

@@ -10,7 +10,7 @@ Everything is below `folder` and ends with this process.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -71,6 +71,8 @@ class Stack:
         scrape_s: int = 2,
         node_monitor_grace_period: str = "40s",
         cold_start_s: float = 0.0,
+        images: Mapping[str, Sequence[str]] | None = None,
+        host_paths: Mapping[str, Path] | None = None,
     ) -> None:
         self.folder = folder.absolute()
         self._topology = topology
@@ -79,6 +81,7 @@ class Stack:
         self._scrape_s = scrape_s
         self._grace = node_monitor_grace_period
         self._cold_start_s = cold_start_s
+        self._images, self._host_paths = images, host_paths
         self._open = ExitStack()
         self.binaries: Binaries
         self.plane: ControlPlane
@@ -111,6 +114,8 @@ class Stack:
             self.folder / "nodes",
             cold_start_s=self._cold_start_s,
             preload=True,
+            images=self._images,
+            host_paths=self._host_paths,
         )
         self.nodes = self._open.enter_context(nodes)
         say("starting Prometheus")

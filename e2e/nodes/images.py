@@ -69,22 +69,34 @@ IMAGES: dict[str, Image] = {
         paced=frozenset({"prefill", "decode"}),
         idle=frozenset({"fetch"}),
     ),
+    # vLLM's own image: our worker behind its front, unless a test brings the real one (e2e/vllm).
+    "vllm-openai": Image(
+        programs={"vllm": (*_WORKER, "--speak", "vllm"), **_PYTHON},
+        entrypoint=("vllm", "serve"),
+        call={"vllm": "disaggworker.speak.vllm:main"},
+        paced=frozenset({"serve"}),
+    ),
     "python": Image(programs=_PYTHON | _SHELL, entrypoint=("python3",), nice=LOW_PRIORITY),
     "busybox": Image(programs=_SHELL, entrypoint=("sh",), nice=LOW_PRIORITY),
 }
 
 
 def table(more: Mapping[str, Sequence[str]]) -> dict[str, Image]:
-    """The table with more images, each an image name and the command that is its entry point."""
+    """The table with more images, each an image name and the command that is its entry point; a Python beside it comes along."""
     added = {
         name: Image(
-            programs={Path(command[0]).name: (command[0],)},
+            programs={Path(command[0]).name: (command[0],)} | _beside(Path(command[0])),
             entrypoint=(Path(command[0]).name, *command[1:]),
             nice=LOW_PRIORITY,
         )
         for name, command in more.items()
     }
     return IMAGES | added
+
+
+def _beside(program: Path) -> dict[str, tuple[str, ...]]:
+    python = program.with_name("python3")
+    return {python.name: (str(python),)} if python.exists() else {}
 
 
 def image_name(image: str) -> str:
@@ -134,12 +146,16 @@ def localise(image: Image, argv: Sequence[str], *, fork: bool = True) -> Command
 
 
 def model_of(argv: Sequence[str]) -> str:
-    """The model id that a worker's argument list names. Raises Refused when it names none."""
-    for index, argument in enumerate(argv):
-        if argument == "--model" and index + 1 < len(argv):
-            return argv[index + 1]
-        if argument.startswith("--model="):
-            return argument.partition("=")[2]
+    """The model id that a worker's argument list names; vLLM's has a folder there, and says the id as the served name.
+
+    Raises Refused when it names none.
+    """
+    for flag in ("--model", "--served-model-name"):
+        for index, argument in enumerate(argv):
+            if argument == flag and index + 1 < len(argv):
+                return argv[index + 1]
+            if argument.startswith(f"{flag}="):
+                return argument.partition("=")[2]
     raise Refused("CreateContainerError", "a paced worker needs --model, to keep that model's time")
 
 

@@ -202,7 +202,8 @@ def _switch_gpu_hours(spec: Spec, old: Sequence[Slot], new: Sequence[Slot]) -> t
     """What a smaller plan saves over the horizon, and the most that its new instances can cost while they and the old ones
     stand side by side: from their start until the old ones have drained, as long as the rollout's timeouts allow."""
     saved = sum(s.gpus for s in old) - sum(s.gpus for s in new)
-    twice = sum(s.gpus for s in new if s not in old)
+    stay = {(s.identity, s.node, s.template) for s in old}  # a change of role takes no second GPU
+    twice = sum(s.gpus for s in new if (s.identity, s.node, s.template) not in stay)
     side_by_side_s = seconds(spec.rollout.ready_timeout) + seconds(spec.rollout.drain_timeout)
     return saved * seconds(spec.replan.horizon) / 3600, twice * side_by_side_s / 3600
 

@@ -12,6 +12,7 @@ from typing import Literal
 from disaggserve.api.errors import InvalidInput
 
 Role = Literal["prefill", "decode", "mixed"]
+RoleChange = Literal["door", "label"]
 
 
 class UnknownEngine(InvalidInput, ValueError):
@@ -43,6 +44,9 @@ class Engine:
     colocates: bool = (
         False  # one instance does prefill and decode, prompts whole or in chunks beside decode steps
     )
+    # How an instance takes another role without a new pod: asked at its own door (POST /role), or by its label alone, where
+    # its role is nothing but the router's decision. None: not at all.
+    role_change: RoleChange | None = None
 
 
 def _flags(text: str) -> frozenset[str]:
@@ -73,6 +77,7 @@ VLLM = Engine(
     architectures=frozenset({"opt", "llama", "qwen3", "mixtral", "qwen3_moe"}),
     quantised=frozenset({"fp8", "int8"}),
     colocates=True,
+    role_change="label",
     flags=_flags(
         "--model --served-model-name --revision --tensor-parallel-size -tp --pipeline-parallel-size -pp "
         "--host --port --max-model-len --dtype --kv-cache-dtype --block-size --kv-transfer-config "

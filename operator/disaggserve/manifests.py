@@ -26,6 +26,7 @@ ENGINE = LABEL + "engine"
 SHAPE, SLOT, ATTEMPT, REVISION, TEMPLATE = (
     LABEL + n for n in ("shape", "slot", "attempt", "revision", "template")
 )
+CHUNK = LABEL + "chunk"  # of a mixed instance, where it cuts prompts
 DRAIN_SINCE = LABEL + "drain-since"
 
 HTTP_PORT, KV_PORT = 8000, 5600
@@ -288,6 +289,8 @@ def worker_pod(
         TEMPLATE: slot.template,
         REVISION: str(revision),
     }
+    if slot.chunk is not None:
+        metadata["labels"][CHUNK] = str(slot.chunk)
     metadata["annotations"] = {
         "prometheus.io/scrape": "true",
         "prometheus.io/port": str(HTTP_PORT),

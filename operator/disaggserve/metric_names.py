@@ -60,6 +60,7 @@ ROUTER_QUEUED = "disaggserve_router_queued"
 WORKER_STEPS = "disaggserve_worker_steps_total"
 WORKER_LATE_STEPS = "disaggserve_worker_late_steps_total"
 WORKER_EMULATED = "disaggserve_worker_emulated"
+WORKER_KV_PULLS = "disaggserve_worker_kv_pulls_total"
 
 VLLM_TTFT = "vllm:time_to_first_token_seconds"
 VLLM_INTER_TOKEN = "vllm:inter_token_latency_seconds"
@@ -73,6 +74,13 @@ VLLM_QUEUE_TIME = "vllm:request_queue_time_seconds"
 VLLM_PREFILL_TIME = "vllm:request_prefill_time_seconds"
 VLLM_DECODE_TIME = "vllm:request_decode_time_seconds"
 VLLM_PREEMPTIONS = "vllm:num_preemptions_total"
+VLLM_PROMPT_TOKENS_BY_SOURCE = "vllm:prompt_tokens_by_source_total"  # {source}
+PULLED = "external_kv_transfer"  # the source of what was pulled
+VLLM_KV_EXPIRED = "vllm:nixl_num_kv_expired_reqs_total"  # on prefill
+VLLM_KV_LATE = (
+    "vllm:nixl_num_notifications_after_expiry_total"  # on prefill: pulls of KV that was no longer held
+)
+VLLM_KV_FAILED = "vllm:nixl_num_failed_transfers_total"
 
 # ------------------------------------------------------------------------------------------------ help texts
 
@@ -93,6 +101,7 @@ HELP = {
     ROUTER_QUEUED: "Accepted requests that no prefill instance has answered yet.",
     WORKER_STEPS: "Scheduler steps taken.",
     WORKER_LATE_STEPS: "Paced steps whose own computation took over 10 % longer than the pace.",
+    WORKER_KV_PULLS: "Hand-offs whose KV was pulled, by the transport that its bytes took.",
     WORKER_EMULATED: "1 where the time of a real GPU is kept by waiting, 0 where it is the hardware's own.",
     VLLM_TTFT: "Arrival at this worker to its first token, in seconds.",
     VLLM_INTER_TOKEN: "Time between two tokens of a request, in seconds.",
@@ -106,6 +115,10 @@ HELP = {
     VLLM_PREFILL_TIME: "Time that a request's prefill took, in seconds.",
     VLLM_DECODE_TIME: "Time from a request's first token to its last, in seconds.",
     VLLM_PREEMPTIONS: "Requests put back for want of KV blocks.",
+    VLLM_PROMPT_TOKENS_BY_SOURCE: "Prompt tokens by where their KV came from.",
+    VLLM_KV_EXPIRED: "Requests whose KV nobody fetched before its lease ended.",
+    VLLM_KV_LATE: "Fetches of KV whose lease had ended: what they got may be another request's.",
+    VLLM_KV_FAILED: "Fetches of KV that failed.",
 }
 
 # ------------------------------------------------------------------------------------------------ edges

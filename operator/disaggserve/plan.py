@@ -15,6 +15,7 @@ from disaggserve.api.errors import Fault, Infeasible, InvalidInput, InvalidManif
 from disaggserve.api.model import seconds
 from disaggserve.api.plan import (
     Commit,
+    Identity,
     NodeShare,
     Percentiles,
     Plan,
@@ -22,6 +23,7 @@ from disaggserve.api.plan import (
     ProfileName,
     RefusedNode,
     Rejected,
+    RoleName,
     RolePlan,
     Search,
     Setting,
@@ -272,11 +274,13 @@ def draft(
     workload = workload or expected(spec)
     key, made = pairing_key(spec), template(spec)
     stays = [s for s in facts.own.values() if (s.pairing_key, s.template) == (key, made)]
+    engine = engines.engine(spec.engine.type)
     beside = inventory(spec, facts)
     instead = inventory(spec, facts, frozenset(facts.own)) if facts.own else beside
     found: _Found | None = None
     for n, nodes in enumerate([beside, instead] if facts.own else [beside]):
-        keep = tuple(search.Standing(s.role, s.tp, s.pp, s.node) for s in stays) if nodes is beside else ()
+        standing = (search.Standing(s.role, s.tp, s.pp, s.node, _turns(engine, s)) for s in stays)
+        keep = tuple(standing) if nodes is beside else ()
         try:
             found = (
                 _by_hand(spec, nodes, keep, workload, options)
@@ -290,7 +294,7 @@ def draft(
             break
     assert found is not None
     plan, groups, nodes = found
-    instances = _slots(groups, key, made, previous, list(facts.own.values()))
+    instances = slots(groups, key, made, previous, list(facts.own.values()), engine)
     refused = tuple(RefusedNode(name=r.name, reason=r.reason) for r in beside.refused)
     plan = plan.model_copy(update={"refused_nodes": refused[:256], "emulated": nodes.simulated})
     plan = plan.model_copy(update={"digest": _digest(spec, workload, plan, options)})
@@ -503,26 +507,34 @@ def _take(
     known = {n.name: n for n in nodes.nodes}
     why = {r.name: r.reason for r in nodes.refused}
     standing = Counter(keep)
+    turns = {(k.role, k.tp, k.pp): k.turns for k in keep}
+    missing: list[tuple[search.Group, str, int]] = []
     for g in pinned:
         for name, count in g.nodes:
             here = search.Standing(g.role, g.tp, g.pp, name)
             kept = min(count, standing[here])
             standing[here] -= kept
-            new = (count - kept) * g.tp * g.pp
-            if new == 0:
-                continue
-            if name not in known:
-                raise Infeasible(
-                    "Nodes", f"the plan by hand names node {name}: {why.get(name, 'there is no such node')}"
-                )
-            node = known[name]
-            if node.gpus_free < new or node.pods_free < count - kept:
-                raise Infeasible(
-                    "GPUs", f"the plan by hand takes {new} GPUs on {name}, {node.gpus_free} are free"
-                )
-            known[name] = replace(
-                node, gpus_free=node.gpus_free - new, pods_free=node.pods_free - (count - kept)
+            missing.append((g, name, count - kept))
+    for g, name, new in missing:
+        for here in sorted(standing):
+            if (here.tp, here.pp, here.node) == (g.tp, g.pp, name) and g.role in turns.get(
+                (here.role, here.tp, here.pp), ()
+            ):
+                turned = min(new, standing[here])
+                standing[here] -= turned
+                new -= turned
+        if new == 0:
+            continue
+        if name not in known:
+            raise Infeasible(
+                "Nodes", f"the plan by hand names node {name}: {why.get(name, 'there is no such node')}"
             )
+        node, gpus = known[name], new * g.tp * g.pp
+        if node.gpus_free < gpus or node.pods_free < new:
+            raise Infeasible(
+                "GPUs", f"the plan by hand takes {gpus} GPUs on {name}, {node.gpus_free} are free"
+            )
+        known[name] = replace(node, gpus_free=node.gpus_free - gpus, pods_free=node.pods_free - new)
     return replace(nodes, nodes=tuple(known.values())), tuple((+standing).elements())
 
 
@@ -689,30 +701,73 @@ def _roles(groups: Sequence[search.Group]) -> tuple[RolePlan, ...]:
     )
 
 
-def _slots(
-    groups: Sequence[search.Group], key: str, made: str, previous: Sequence[Slot], standing: Sequence[Slot]
+def _turns(engine: engines.Engine, slot: Slot) -> frozenset[engines.Role]:
+    """Roles that a standing instance can take. Where its label is all that says its role, a mixed one's chunk would stay."""
+    if engine.role_change == "door":
+        return frozenset({"prefill", "decode", "mixed"})
+    if engine.role_change == "label" and slot.role != "mixed":
+        return frozenset({"prefill", "decode"})
+    return frozenset()
+
+
+def slots(
+    groups: Sequence[search.Group],
+    key: str,
+    made: str,
+    previous: Sequence[Slot],
+    standing: Sequence[Slot],
+    engine: engines.Engine,
 ) -> tuple[Slot, ...]:
-    """Gives every instance its slot: one that the last plan has, or that stands, in the same place keeps its number."""
-    wanted: Counter[tuple[str, int, int, str]] = Counter()
+    """Gives every instance its slot: a number that says which pod it is, of those in its place and shape.
+
+    First come instances that stand and have the role, or are on their way to it by the last plan; then, in any role, those
+    that can take it; then those of the last plan that do not stand. What is left gets numbers that none of them has.
+    """
+    wanted: Counter[tuple[RoleName, int, int, int, str]] = Counter()
     for g in groups:
         for node, count in g.nodes:
-            wanted[g.role, g.tp, g.pp, node] += count
+            wanted[g.role, g.chunk or 0, g.tp, g.pp, node] += count
+    fit = [[s for s in some if (s.pairing_key, s.template) == (key, made)] for some in (standing, previous)]
+    stands, before = ({s.identity: s for s in some} for some in fit)
+    both = [s for k, s in stands.items() if before.get(k) == s]
+    meant = [
+        s
+        for k, s in before.items()
+        if k in stands and stands[k].node == s.node and s.role in _turns(engine, stands[k])
+    ]
+    rest = [s for k, s in stands.items() if k not in before]
+    turned = [
+        s.of_role(role, chunk or None)
+        for s in stands.values()
+        for role, chunk, *_ in sorted(wanted)
+        if role in _turns(engine, s)
+    ]
+    out: dict[Identity, Slot] = {}
+    for some in (both, meant, rest, turned, before.values()):
+        for s in sorted(some, key=lambda s: s.slot):
+            place = (s.role, s.chunk or 0, s.tp, s.pp, s.node)
+            if wanted[place] > 0 and s.identity not in out:
+                wanted[place] -= 1
+                out[s.identity] = s
     used = {(s.tp, s.pp, s.slot) for s in (*previous, *standing) if s.pairing_key == key}
-    carried = sorted(
-        {s for s in (*previous, *standing) if (s.pairing_key, s.template) == (key, made)},
-        key=lambda s: (s not in standing, s.slot),
-    )
-    out: list[Slot] = []
-    for (role, tp, pp, node), count in sorted(wanted.items()):
-        keep = [s for s in carried if (s.role, s.tp, s.pp, s.node) == (role, tp, pp, node)][:count]
-        out += keep
+    for (role, chunk, tp, pp, node), count in sorted(wanted.items()):
         number = 0
-        for _ in range(count - len(keep)):
+        for _ in range(count):
             while (tp, pp, number) in used:
                 number += 1
             used.add((tp, pp, number))
-            out.append(Slot(slot=number, role=role, tp=tp, pp=pp, node=node, pairing_key=key, template=made))  # type: ignore[arg-type]
-    return tuple(sorted(out, key=lambda s: (s.role != "prefill", s.tp, s.pp, s.slot)))
+            new = Slot(
+                slot=number,
+                role=role,
+                chunk=chunk or None,
+                tp=tp,
+                pp=pp,
+                node=node,
+                pairing_key=key,
+                template=made,
+            )
+            out[new.identity] = new
+    return tuple(sorted(out.values(), key=lambda s: (s.role != "prefill", s.tp, s.pp, s.slot)))
 
 
 def _refusal(spec: Spec, plan: Plan, nodes: hardware.Inventory) -> str | None:

@@ -1,21 +1,31 @@
-"""Every byte between routers and workers: what a hand-off is, the messages of a KV pull, and what workers say of their load.
+"""Every byte between routers and workers: what a hand-off is, the messages by which its KV is pulled, and workers' loads.
 
-A pull is pyzmq multipart: frame 0 is one message in msgpack, tagged by `type`; a `Layout` is followed by raw
-frames, two per layer (keys, values), each `blocks × block_tokens × kv_heads × head_dim` elements of `dtype`.
-The decode worker asks, the prefill worker answers; every question has exactly one answer with the same `ask`.
+Messages are pyzmq multipart: frame 0 is one message in msgpack, tagged by `type`. The decode worker asks, the prefill worker
+answers; answers carry their question's `ask`. `Renew` and `Release` have one answer, and go to the prefill instance's rank 0.
+`Pull` goes to every rank of it, and is answered by
+
+* `Granted`, then every piece that `pieces` cuts it into: a `Piece` each, followed by one raw frame. No more of them are on
+  their way than the puller has asked for, by `Pull.credit` and `More`; or
+* `Granted` with the `memory` of that rank's KV, which the puller then reads itself, and asks by `Renew` whether the hand-off
+  was still held when it had read: what was not, was not read; or
+* `Refused`, which may also come in place of a piece.
 
 A message of another `version` is refused, never guessed at.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from disaggserve.wire import VERSION
 
 RefusalCode = Literal["expired", "pairing", "version", "malformed"]
+Way = Literal[
+    "zmq", "shm", "cuda_ipc", "nixl"
+]  # how the bytes go: in messages, or read by the puller from the other's memory
 
 
 class Logprobs(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +43,9 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True):
     text: str  # what the first token shows; empty while a character or a stop string is incomplete
     prompt_tokens: int
     host: str  # where the prefill worker's KV socket is
-    port: int
+    port: int  # of rank 0; rank r's is r higher
+    ranks: int = 1  # processes that hold parts of the KV: tensor ranks × pipeline stages
+    lease_s: float  # how long it is held after each word from the decode worker
     handoff: str  # id of this hand-off, unique in the prefill worker's life
     generation: int  # of the blocks' allocation: blocks that were reused have another one
     pairing_key: str
@@ -45,6 +57,11 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True):
     gpu: str = ""  # facts of a paced prefill worker, for the link's speed; "" = not paced
     rdma: bool = False
     version: int = VERSION
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose KV is handed over: all but the first one here."""
+        return self.prompt_tokens + len(self.answered)
 
 
 class Resume(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,12 +82,25 @@ class Renew(msgspec.Struct, frozen=True, tag="renew", kw_only=True):
 
 
 class Pull(msgspec.Struct, frozen=True, tag="pull", kw_only=True):
-    """Send the KV of this hand-off."""
+    """Give me what you hold of these layers and KV heads of this hand-off, both numbered as in the whole model."""
 
     ask: int
     handoff: str
     generation: int
     pairing_key: str
+    layers: tuple[int, int]  # from … up to, without the last
+    heads: tuple[int, int]
+    ways: list[Way]  # that I can take, the best first
+    credit: int  # pieces that may be on their way, at least 1
+    checksum: bool = False
+    version: int = VERSION
+
+
+class More(msgspec.Struct, frozen=True, tag="more", kw_only=True):
+    """So many pieces of that pull have been taken; it has no answer of its own."""
+
+    ask: int  # the pull's
+    credit: int
     version: int = VERSION
 
 
@@ -84,17 +114,67 @@ class Release(msgspec.Struct, frozen=True, tag="release", kw_only=True):
     version: int = VERSION
 
 
-class Layout(msgspec.Struct, frozen=True, tag="layout", kw_only=True):
-    """Answer to `Pull`: what the frames after it are."""
+class SharedMemory(msgspec.Struct, frozen=True, tag="shm", kw_only=True):
+    """A pool in memory that a process of the same host may map: `/proc/PID/fd/FD`, whose last bytes are `token`."""
+
+    pid: int
+    fd: int
+    token: bytes
+    blocks: int
+    layers: tuple[int, int]  # of the pool, and `heads` alike: what stands where
+    heads: tuple[int, int]
+
+
+class CudaMemory(msgspec.Struct, frozen=True, tag="cuda_ipc", kw_only=True):
+    """A pool on a GPU that a process of the same host may open."""
+
+    token: bytes  # another one for every pool
+    handles: list[bytes]  # keys, values of each layer
+    blocks: int
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+
+
+class NixlMemory(msgspec.Struct, frozen=True, tag="nixl", kw_only=True):
+    """A pool that is registered with NIXL."""
+
+    agent: str
+    metadata: bytes
+    addresses: list[int]  # of keys, values of each layer
+    device: int  # GPU; of no meaning on a CPU
+    blocks: int
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+
+
+Memory = SharedMemory | CudaMemory | NixlMemory
+
+
+class Granted(msgspec.Struct, frozen=True, tag="granted", kw_only=True):
+    """Answer to `Pull`: what there is of what was asked for, and how it comes."""
 
     ask: int
-    tokens: list[int]  # the prompt, for recomputing after preemption
-    layers: int
+    way: Way
+    tokens: list[int]  # the prompt, for recomputing after preemption; empty where a rank does not know it
+    layers: tuple[
+        int, int
+    ]  # of those that were asked for; and so `heads`. Both are empty where it holds none of them
+    heads: tuple[int, int]
     blocks: int
     block_tokens: int
-    kv_heads: int
     head_dim: int
     dtype: str  # "float16" | "bfloat16" | "float32"
+    memory: Memory | None = None
+    ids: list[int] = []  # of the blocks in `memory`
+    sums: list[int] = []  # of each layer as it is in `memory`, where checksums were asked for
+    version: int = VERSION
+
+
+class Piece(msgspec.Struct, frozen=True, tag="piece", kw_only=True):
+    """The frame after it is the next of `pieces`."""
+
+    ask: int
+    checksum: int | None = None  # zlib.crc32 of the frame
     version: int = VERSION
 
 
@@ -130,8 +210,41 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     version: int = VERSION
 
 
-Question = Renew | Pull | Release
-Answer = Layout | Done | Refused
+Question = Renew | Pull | More | Release
+Answer = Granted | Piece | Done | Refused
+
+PIECE_BYTES = (
+    1 << 20
+)  # about as much as fits a processor's own cache, in which a piece is gathered, sent and written
+
+
+class Cut(NamedTuple):
+    """What one piece holds: of layers `from … to - 1`, `blocks` of the hand-off's blocks from the `first` on.
+
+    As bytes it is `[layers, 2 (keys, values), blocks, heads, block_tokens, head_dim]`.
+    """
+
+    layers: range
+    first: int
+    blocks: int
+
+
+def pieces(layers: tuple[int, int], blocks: int, block_bytes: int) -> Iterator[Cut]:
+    """How a transfer is cut: layer by layer, long layers by blocks, short ones together. `block_bytes` = one block's keys and values
+    in one layer, of the heads that are sent."""
+    start, stop = layers
+    if not blocks or not block_bytes:
+        return
+    together = PIECE_BYTES // (blocks * block_bytes)
+    if together:
+        for layer in range(start, stop, together):
+            yield Cut(range(layer, min(layer + together, stop)), 0, blocks)
+        return
+    count = max(1, PIECE_BYTES // block_bytes)
+    for layer in range(start, stop):
+        for first in range(0, blocks, count):
+            yield Cut(range(layer, layer + 1), first, min(count, blocks - first))
+
 
 _encoder = msgspec.msgpack.Encoder()
 _questions: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)
@@ -143,11 +256,11 @@ def encode(message: Question | Answer) -> bytes:
     return _encoder.encode(message)
 
 
-def question(frame: bytes) -> Question:
+def question(frame: bytes | memoryview) -> Question:
     """Read a question. Raises `msgspec.DecodeError` (`ValidationError`) where it is none."""
     return _questions.decode(frame)
 
 
-def answer(frame: bytes) -> Answer:
+def answer(frame: bytes | memoryview) -> Answer:
     """Read an answer. Raises `msgspec.DecodeError` (`ValidationError`) where it is none."""
     return _answers.decode(frame)

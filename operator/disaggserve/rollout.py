@@ -1,31 +1,36 @@
 """The next step from what stands to what is wanted, from observed facts alone.
 
 Create, re-plan, heal, upgrade and roll back are all the same difference of two multisets of instances; there is no phase and
-no memory. Drain is the only state, and it is read from the routers.
+no memory. Drain is the only state, and it is read from the routers; what an instance's role really is, from its own word.
 
 Rules, checked by property tests:
 
 * never more GPUs than the larger of both plans + `max_surge_gpus`, and none on a node that has none free;
-* an instance that both plans want is left alone;
-* an instance that serves is drained only when the rest carries its role's share of the traffic;
-* an instance is deleted only when every router says that nothing is in flight or leased on it, or after the drain timeout;
+* an instance that both plans want is left alone, and one that they want in two roles is turned: drained, told its new role,
+  admitted again, one at a time. Where it can be turned at all, nothing is created or deleted for it;
+* an instance that serves is drained only when the rest carries the traffic of all that it does (a mixed one does both);
+* an instance is deleted or turned only when every router says that nothing is in flight or leased on it; after the drain
+  timeout it is deleted, also where it should have been turned;
+* none is admitted that has not said that it has the role of its label;
 * a predecessor that failed, terminates or sits on a lost node is capacity nowhere, and its successor has the next attempt.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from disaggserve.api.plan import Slot
+from disaggserve.api.plan import Identity, RoleName, Slot
+from disaggserve.engines import RoleChange
 
-Identity = tuple[str, int, int, int]
-
-
-def identity(slot: Slot) -> Identity:
-    """What names an instance, but for the attempt: pairing key, shape, slot number."""
-    return (slot.pairing_key, slot.tp, slot.pp, slot.slot)
+Phase = Literal["prefill", "decode"]
+PHASES: Mapping[RoleName, tuple[Phase, ...]] = {
+    "prefill": ("prefill",),
+    "decode": ("decode",),
+    "mixed": ("prefill", "decode"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Instance:
-    """One pod as it stands. Ages are seconds; `drain_age_s` is None when it is not draining."""
+    """One pod as it stands. Ages are seconds; `drain_age_s` is None when it is not draining.
+
+    `role_change`: how it takes another role (None: not at all). `says`: the role that it says it has, asked while it drains;
+    None is unknown.
+    """
 
     name: str
     uid: str
@@ -58,6 +67,8 @@ class Instance:
     age_s: float = 0.0
     scheduled: bool = True
     unscheduled_reason: str = ""
+    role_change: RoleChange | None = None
+    says: RoleName | None = None
 
     @property
     def alive(self) -> bool:
@@ -66,6 +77,21 @@ class Instance:
     @property
     def serves(self) -> bool:
         return self.alive and self.ready and self.drain_age_s is None
+
+    def may_become(self, slot: Slot) -> bool:
+        """Whether a change of role makes it what is wanted. Where the label is all there is, the chunk is a flag that stays."""
+        if (
+            self.role_change is None
+            or self.slot == slot
+            or (self.role_change == "label" and slot.chunk != self.slot.chunk)
+        ):
+            return False
+        return self.slot.of_role(slot.role, slot.chunk) == slot
+
+    @property
+    def strange(self) -> bool:
+        """Whether it drains and has yet to say that it has the role of its label."""
+        return self.drain_age_s is not None and self.role_change == "door" and self.says != self.slot.role
 
 
 @dataclass(frozen=True)
@@ -84,10 +110,19 @@ class Create:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """An empty instance takes the role of `slot`."""
+
+    instance: Instance
+    slot: Slot
+
+
+@dataclass(frozen=True)
 class Step:
     """What may be done now; empty and `done` when what stands is what is wanted."""
 
     create: tuple[Create, ...] = ()
+    turn: tuple[Turn, ...] = ()
     admit: tuple[Instance, ...] = ()
     drain: tuple[Instance, ...] = ()
     delete: tuple[Instance, ...] = ()
@@ -97,46 +132,63 @@ class Step:
 
     @property
     def acts(self) -> bool:
-        return bool(self.create or self.admit or self.drain or self.delete)
+        return bool(self.create or self.turn or self.admit or self.drain or self.delete)
+
+
+def readable(serving: Iterable[Instance]) -> bool:
+    """Whether among these some instance prefills what another, or itself, can decode."""
+    keys: dict[Phase, set[str]] = {"prefill": set(), "decode": set()}
+    for i in serving:
+        for phase in PHASES[i.slot.role]:
+            keys[phase].add(i.slot.pairing_key)
+    return bool(keys["prefill"] & keys["decode"])
 
 
 def _gpus(slots: Sequence[Slot]) -> int:
     return sum(s.gpus for s in slots)
 
 
-def _share(
-    role: str, serving: Sequence[Instance], wanted: Mapping[Identity, Slot], current: Sequence[Slot]
-) -> float:
-    """How much of the traffic the serving instances of a role carry: 1 is a whole plan, the old or the new."""
-    new_n = sum(s.role == role for s in wanted.values())
-    old_n = max(1, sum(s.role == role for s in current))
-    share = 0.0
-    for i in serving:
-        if i.slot.role == role:
-            share += 1 / new_n if _matches(i.slot, wanted) else 1 / old_n
-    return share
+@dataclass(frozen=True)
+class _Traffic:
+    """How much of it instances carry: of each phase, 1 is a whole plan, the old or the new."""
 
+    wanted: Mapping[Identity, Slot]
+    current: Sequence[Slot]
 
-def _matches(slot: Slot, wanted: Mapping[Identity, Slot]) -> bool:
-    return wanted.get(identity(slot)) == slot
+    def carried(self, phase: Phase, serving: Iterable[Instance]) -> float:
+        new_n = sum(phase in PHASES[s.role] for s in self.wanted.values())
+        old_n = max(1, sum(phase in PHASES[s.role] for s in self.current))
+        return sum(
+            1 / new_n if self.wanted.get(i.slot.identity) == i.slot else 1 / old_n
+            for i in serving
+            if phase in PHASES[i.slot.role]
+        )
+
+    def can_spare(self, instance: Instance, rest: Sequence[Instance]) -> bool:
+        return all(self.carried(p, rest) >= 1 - 1e-9 for p in PHASES[instance.slot.role])
 
 
 def _drainable(
-    old: Sequence[Instance], serving: Sequence[Instance], target: Sequence[Slot], current: Sequence[Slot]
-) -> list[Instance]:
-    """Old instances whose share the rest already carries, in a fixed order."""
-    wanted = {identity(s): s for s in target}
-    ready = {identity(i.slot) for i in serving if _matches(i.slot, wanted)}
-    complete = ready == set(wanted)
+    turning: Sequence[Instance],
+    old: Sequence[Instance],
+    serving: Sequence[Instance],
+    target: Sequence[Slot],
+    current: Sequence[Slot],
+) -> set[str]:
+    """Names of those that serve and whose share the rest carries, in a fixed order: at most one to be turned, first."""
+    wanted = {s.identity: s for s in target}
+    traffic = _Traffic(wanted, current)
+    complete = {i.slot.identity for i in serving if wanted.get(i.slot.identity) == i.slot} == set(wanted)
     keys = {s.pairing_key for s in target}
-    left, out = list(serving), []
-    for i in sorted(old, key=lambda i: i.name):
+    left, out = list(serving), set[str]()
+    for n, i in enumerate((*turning, *old)):
+        if n < len(turning) and out:
+            continue
         rest = [x for x in left if x.name != i.name]
         # KV of another pairing key cannot be read, so old and new do not add up: the new must be whole first.
         adds_up = i.slot.pairing_key in keys
-        enough = complete or (adds_up and _share(i.slot.role, rest, wanted, current) >= 1 - 1e-9)
-        if enough:
-            out.append(i)
+        if complete or (adds_up and traffic.can_spare(i, rest)):
+            out.add(i.name)
             left = rest
     return out
 
@@ -148,53 +200,101 @@ def next_step(
 
     Deterministic and stateless: called again on what it has led to, it goes on; called on the end state, it says done.
     """
-    wanted = {identity(s): s for s in target}
+    observed = sorted(observed, key=lambda i: i.name)
+    wanted = {s.identity: s for s in target}
     latest: Counter[Identity] = Counter()
     for i in observed:
-        latest[identity(i.slot)] = max(latest[identity(i.slot)], i.attempt + 1)
-    kept = {identity(i.slot): i for i in observed if i.alive and _matches(i.slot, wanted)}
-    old = [i for i in observed if i.alive and kept.get(identity(i.slot)) is not i]
-    serving = [i for i in observed if i.serves]
+        latest[i.slot.identity] = max(latest[i.slot.identity], i.attempt + 1)
+    alive = [i for i in observed if i.alive]
+    late = {i.name for i in alive if i.drain_age_s is not None and i.drain_age_s >= limits.drain_timeout_s}
+    kept = {
+        i.slot.identity: i
+        for i in alive
+        if wanted.get(i.slot.identity) == i.slot and not (i.strange and i.name in late)
+    }
+    turning = {
+        i.slot.identity: i
+        for i in alive
+        if i.slot.identity in wanted.keys() - kept.keys()
+        and i.may_become(wanted[i.slot.identity])
+        and i.name not in late
+    }
+    stays = {i.name for i in (*kept.values(), *turning.values())}
+    old = [i for i in alive if i.name not in stays]
+    serving = [i for i in alive if i.serves]
 
-    admit = tuple(i for i in kept.values() if i.drain_age_s is not None)
-    drain, delete, waits = [], [i for i in observed if (i.failed or i.lost) and not i.terminating], []
-    may_go = {i.name for i in _drainable([i for i in old if i.serves], serving, target, current)}
-    for i in sorted(old, key=lambda i: i.name):
+    turn, admit, drain, waits = [], [], [], []
+    delete = [i for i in observed if (i.failed or i.lost) and not i.terminating]
+    for i in kept.values():
+        if i.drain_age_s is None:
+            continue
+        if not i.strange:
+            admit.append(i)
+        elif i.says is None:
+            waits.append(f"{i.name} has not said which role it has")
+        else:
+            turn.append(Turn(i, i.slot))  # it began anew, or its turn was interrupted, and another plan came
+    busy = [i for i in (*kept.values(), *turning.values()) if i.ready and i.drain_age_s is not None]
+    may_turn = [] if busy else [i for i in turning.values() if i.serves]
+    may_go = _drainable(may_turn, [i for i in old if i.serves], serving, target, current)
+    for i in turning.values():
         if i.drain_age_s is not None:
-            if (i.load is not None and i.load.drained) or i.drain_age_s >= limits.drain_timeout_s:
-                delete.append(i)
-            elif i.load is None:
-                waits.append(f"{i.name} drains, the routers have not said what it holds")
+            if not i.ready:
+                waits.append(f"{i.name} is not ready, and takes its new role when it is")
+            elif i.load is not None and i.load.drained:
+                turn.append(Turn(i, wanted[i.slot.identity]))
             else:
-                waits.append(
-                    f"{i.load.in_flight} requests in flight and {i.load.leased} KV hand-offs on {i.name}"
-                )
+                waits.append(_held(i))
+        elif i.name in may_go or not i.ready:
+            drain.append(i)
+    for i in old:
+        if i.drain_age_s is not None:
+            if (i.load is not None and i.load.drained) or i.name in late:
+                delete.append(i)
+            else:
+                waits.append(_held(i))
         elif not i.ready:
             delete.append(i)  # never served under this plan: nothing to drain
         elif i.name in may_go:
             drain.append(i)
 
-    create, blocked = _creations(observed, current, target, wanted, kept, latest, limits)
+    missing = [s for k, s in wanted.items() if k not in kept and k not in turning]
+    create, blocked = _creations(observed, current, target, missing, latest, limits)
     starting = [i for i in kept.values() if not i.ready]
     if starting:
         waits.append(f"{len(starting)} of {len(target)} instances not ready yet")
     gone = [i for i in observed if i.terminating]
     if gone:
         waits.append(f"{len(gone)} instances terminating")
-    acts = bool(create or admit or drain or delete)
-    held = [i for i in old if i.serves and i.name not in may_go]
-    if held and not blocked and not acts and not starting:
-        blocked = f"{held[0].name} still carries traffic that nothing else can take"
-    done = not (acts or waits or blocked or held or len(kept) < len(wanted))
-    return Step(tuple(create), admit, tuple(drain), tuple(delete), "; ".join(waits), blocked, done)
+    held = [i for i in (*turning.values(), *old) if i.serves and i.name not in may_go]
+    if held and not (blocked or create or turn or admit or drain or delete or waits):
+        # What cannot be spared, not even for the time of a turn, gets a successor beside it where GPUs allow.
+        anew = [wanted[i.slot.identity] for i in turning.values() if i.serves][:1]
+        create, blocked = _creations(observed, current, target, anew, latest, limits)
+        if not create:
+            blocked = f"{held[0].name} still carries traffic that nothing else can take" + (
+                blocked and f"; {blocked}"
+            )
+    step = Step(
+        tuple(create), tuple(turn), tuple(admit), tuple(drain), tuple(delete), "; ".join(waits), blocked
+    )
+    done = not (step.acts or waits or blocked or held or len(kept) < len(wanted))
+    return replace(step, done=done)
+
+
+def _held(i: Instance) -> str:
+    if i.load is None:
+        return f"{i.name} drains, the routers have not said what it holds"
+    if i.load.admitting:
+        return f"{i.name} drains, and not every router has seen it yet"
+    return f"{i.load.in_flight} requests in flight and {i.load.leased} KV hand-offs on {i.name}"
 
 
 def _creations(
     observed: Sequence[Instance],
     current: Sequence[Slot],
     target: Sequence[Slot],
-    wanted: Mapping[Identity, Slot],
-    kept: Mapping[Identity, Instance],
+    missing: Sequence[Slot],
     latest: Mapping[Identity, int],
     limits: Limits,
 ) -> tuple[list[Create], str]:
@@ -202,11 +302,10 @@ def _creations(
     held = sum(i.slot.gpus for i in observed if not i.failed)
     room = max(_gpus(current), _gpus(target)) + limits.max_surge_gpus - held
     free = dict(limits.free)
-    missing = [s for k, s in wanted.items() if k not in kept]
     by_role: dict[str, int] = Counter()
     order = []
-    for s in sorted(missing, key=lambda s: (s.role, identity(s))):
-        order.append((by_role[s.role], s.role, identity(s), s))
+    for s in sorted(missing, key=lambda s: (s.role, s.identity)):
+        order.append((by_role[s.role], s.role, s.identity, s))
         by_role[s.role] += 1
     create, blocked = [], ""
     for *_, s in sorted(order, key=lambda entry: entry[:3]):
@@ -219,7 +318,7 @@ def _creations(
                 blocked or f"maxSurgeGPUs leaves {max(0, room)} GPUs, a {s.role} instance needs {s.gpus}"
             )
         else:
-            create.append(Create(s, latest.get(identity(s), 0)))
+            create.append(Create(s, latest.get(s.identity, 0)))
             free[s.node] -= s.gpus
             room -= s.gpus
     return create, blocked
@@ -237,11 +336,20 @@ class Path:
 def play(
     observed: Sequence[Instance], current: Sequence[Slot], target: Sequence[Slot], limits: Limits
 ) -> Path:
-    """Plays `next_step` with instances that become ready at once and drain at once: can this plan be reached at all?
+    """Plays `next_step` with instances that become ready, drain and turn at once: can this plan be reached at all?
 
     A plan without an acceptable path is no better plan: the caller holds, and says `blocked_by`.
     """
-    state = [replace(i, ready=i.ready or i.alive) for i in observed if not i.terminating]
+    state = [
+        replace(
+            i,
+            ready=i.ready or i.alive,
+            load=None if i.drain_age_s is None else Load(False, 0, 0),
+            says=i.says or i.slot.role,
+        )
+        for i in observed
+        if not i.terminating
+    ]
     free = dict(limits.free)
     for i in observed:
         if i.terminating:
@@ -253,21 +361,30 @@ def play(
         steps.append(step)
         if not step.acts:
             return Path(tuple(steps), "" if step.done else step.blocked_by or step.waiting, peak)
-        leaving = {i.name for i in step.delete}
         for i in step.delete:
             free[i.slot.node] = free.get(i.slot.node, 0) + i.slot.gpus
-        draining = {i.name for i in step.drain}
-        admitted = {i.name for i in step.admit}
-        state = [
-            replace(i, drain_age_s=0.0, load=Load(False, 0, 0))
-            if i.name in draining
-            else replace(i, drain_age_s=None, load=None)
-            if i.name in admitted
-            else i
-            for i in state
-            if i.name not in leaving
-        ]
+        state = after(step, state)
         for c in step.create:
             free[c.slot.node] -= c.slot.gpus
-            state.append(Instance(f"~{identity(c.slot)}-{c.attempt}", "", c.slot, c.attempt, ready=True))
         peak = max(peak, sum(i.slot.gpus for i in state))
+
+
+def after(step: Step, state: Sequence[Instance]) -> list[Instance]:
+    """What stands when a step has had its whole effect."""
+    gone, drained, admitted = ({i.name for i in some} for some in (step.delete, step.drain, step.admit))
+    turned = {t.instance.name: t.slot for t in step.turn}
+    out = []
+    for i in state:
+        if i.name in gone:
+            continue
+        if i.name in drained:
+            i = replace(i, drain_age_s=0.0, load=Load(False, 0, 0))
+        elif i.name in admitted:
+            i = replace(i, drain_age_s=None, load=None)
+        elif i.name in turned:
+            i = replace(i, slot=turned[i.name], says=turned[i.name].role)
+        out.append(i)
+    for c in step.create:
+        name = f"~{c.slot.identity}-{c.attempt}"
+        out.append(Instance(name, "", c.slot, c.attempt, ready=True, says=c.slot.role))
+    return out

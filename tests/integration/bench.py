@@ -1,5 +1,6 @@
 """A bench for the operator: a real API server and scheduler, nodes that are objects only, and a stand-in for the kubelet that
-marks pods Ready. What the data plane does is tested elsewhere; here every write of the operator counts."""
+marks pods Ready, with small servers for what they say of themselves where a test asks for `doors`. What the data plane does is
+tested elsewhere; here every write of the operator counts."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from disaggserve.cluster.settings import Settings
 from disaggserve.manifests import Images
 from e2e.controlplane import ControlPlane
 from e2e.controlplane.polling import wait_until
+from tests.integration.doors import Doors
 
 ROOT = Path(__file__).parents[2]
 Json = dict[str, Any]
@@ -150,10 +152,21 @@ class Bench:
         self.api = api
         self.cluster = Cluster(api)
         self._kubelet = DynamicClient(api)
+        self.doors: Doors | None = None
 
     @classmethod
     async def open(cls, plane: ControlPlane) -> Bench:
         return cls(await connect(str(plane.kubeconfig)))
+
+    def open_doors(self) -> Doors:
+        """From now on pods have addresses of their own, and answer there."""
+        self.doors = Doors(self.workers)
+        return self.doors
+
+    async def close(self) -> None:
+        if self.doors is not None:
+            await self.doors.close()
+        await self.api.close()
 
     def operator(
         self, dies_before_write: int | None = None, warm: Callable[[], bool] = lambda: True
@@ -191,7 +204,7 @@ class Bench:
             ):
                 status = {
                     "phase": "Running",
-                    "podIP": "127.0.0.1",
+                    "podIP": await self.doors.open(pod) if self.doors else "127.0.0.1",
                     "conditions": [*pod["status"].get("conditions", ()), {"type": "Ready", "status": "True"}],
                 }
                 await self._kubelet.request(

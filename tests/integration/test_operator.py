@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
 
-from disaggserve import drift
+from disaggserve import drift, engines
 from disaggserve.cluster.client import KINDS, PODS, RESOURCES, REVISIONS
 from e2e.controlplane import ControlPlane, ensure
 from tests.integration.bench import CHAT, Bench, Killed, by_hand, carried_out, prepare
@@ -39,7 +40,7 @@ def bench(plane: ControlPlane) -> Callable[[Callable[[Bench], Awaitable[T]]], T]
                 return await test(bench)
             finally:
                 await _clean(bench)
-                await bench.api.close()
+                await bench.close()
 
         return asyncio.run(whole())
 
@@ -185,6 +186,81 @@ def test_a_plan_that_differs_by_one_instance_touches_exactly_one(
     bench(test)
 
 
+@pytest.fixture
+def torch_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The built-in worker with a door for its role."""
+    torch = replace(engines.TORCH, role_change="door")
+    monkeypatch.setattr(engines, "TORCH", torch)
+    monkeypatch.setitem(engines.ENGINES, "torch", torch)
+
+
+async def roles(b: Bench) -> dict[str, str]:
+    return {p["metadata"]["uid"]: p["metadata"]["labels"]["disaggserve.dev/role"] for p in await b.workers()}
+
+
+@pytest.mark.parametrize("engine", ["torch", "vllm"])
+def test_a_plan_that_differs_by_one_role_turns_one_pod(bench: Any, torch_turns: None, engine: str) -> None:
+    async def test(b: Bench) -> None:
+        doors = b.open_doors()
+        await b.apply(by_hand(2, 1, engine={"type": engine}))
+        operator = b.operator()
+        await b.settle(operator)
+        before = await roles(b)
+        await b.apply(by_hand(1, 2, engine={"type": engine}))
+        resource = await b.settle(operator)
+        after = await roles(b)
+        assert before.keys() == after.keys(), "no pod is created or deleted"
+        (turned,) = (uid for uid in before if before[uid] != after[uid])
+        assert (before[turned], after[turned]) == ("prefill", "decode")
+        assert (resource["status"]["plan"]["prefill"], resource["status"]["plan"]["decode"]) == (
+            "1×tp1",
+            "2×tp1",
+        )
+        told = {uid: door.turns for uid, door in doors.workers.items() if door.turns}
+        assert told == ({turned: [("decode", 2)]} if engine == "torch" else {})
+        pods = {p["metadata"]["uid"]: p["metadata"]["labels"] for p in await b.workers()}
+        assert "disaggserve.dev/drain" not in pods[turned]
+        revisions = {labels["disaggserve.dev/revision"] for uid, labels in pods.items() if uid != turned}
+        assert (pods[turned]["disaggserve.dev/revision"], revisions) == ("2", {"1"})
+        writes = operator.writes
+        await operator.reconcile()
+        assert operator.writes == writes
+
+    bench(test)
+
+
+def test_a_worker_that_still_holds_something_is_not_turned_and_says_so(bench: Any, torch_turns: None) -> None:
+    async def test(b: Bench) -> None:
+        doors = b.open_doors()
+        await b.apply(by_hand(2, 1))
+        operator = b.operator()
+        await b.settle(operator)
+        before = await roles(b)
+        for door in doors.workers.values():
+            door.held = 3
+        await b.apply(by_hand(1, 2))
+
+        def said(resource: Any) -> bool:
+            return "HTTP 409" in resource["status"].get("rollout", {}).get("step", "")
+
+        resource = await b.settle(operator, until=said)
+        assert '"running": 3' in resource["status"]["rollout"]["step"]
+        assert await roles(b) == before, "the label never says more than the worker"
+        # A worker that began anew in its old role, or one that another writer told, is found out before it is admitted.
+        for door in doors.workers.values():
+            door.held = 0
+        draining = ("disaggserve.dev/drain", "true")
+        await b.settle(operator, until=lambda r: any(d.turns for d in doors.workers.values()))
+        turned = next(d for d in doors.workers.values() if d.turns)
+        assert [draining in p["metadata"]["labels"].items() for p in await b.workers()].count(True) == 1
+        turned.role, turned.epoch = "prefill", 0
+        await b.settle(operator)
+        assert turned.turns == [("decode", 2)] * 2
+        assert sorted((await roles(b)).values()) == ["decode", "decode", "prefill"]
+
+    bench(test)
+
+
 def test_deleted_in_mid_rollout_leaves_nothing(bench: Any) -> None:
     async def test(b: Bench) -> None:
         await b.apply(CHAT)
@@ -248,6 +324,48 @@ def test_killed_before_every_write_of_a_change_the_end_is_the_same(bench: Any) -
                 await changed(b.operator(dies_before_write=n))
             await changed(b.operator())
             assert await fingerprint(b) == wanted, f"killed before write {n}"
+            await _clean(b)
+
+    bench(test)
+
+
+@pytest.mark.timeout(240)
+def test_killed_before_every_write_of_a_role_change_the_end_is_the_same(
+    bench: Any, torch_turns: None
+) -> None:
+    """The worker's door is one of the writes: killed before it, and between it and the label."""
+
+    async def test(b: Bench) -> None:
+        doors = b.open_doors()
+
+        async def changed(operator: Any) -> None:
+            await b.settle(operator, until=lambda r: carried_out(r) and r["status"]["plan"]["revision"] == 2)
+
+        async def begin() -> set[str]:
+            doors.workers.clear()
+            await b.apply(by_hand(2, 1))
+            await b.settle(b.operator())
+            await b.apply(by_hand(1, 2))
+            return {p["metadata"]["uid"] for p in await b.workers()}
+
+        await begin()
+        undisturbed = b.operator()
+        await changed(undisturbed)
+        wanted, writes = await fingerprint(b), undisturbed.writes
+        await _clean(b)
+        assert writes >= 8
+        for n in range(writes):
+            pods = await begin()
+            with pytest.raises(Killed):
+                await changed(b.operator(dies_before_write=n))
+            await changed(b.operator())
+            assert await fingerprint(b) == wanted, f"killed before write {n}"
+            assert {p["metadata"]["uid"] for p in await b.workers()} == pods
+            assert sorted((d.role, d.epoch) for d in doors.workers.values()) == [
+                ("decode", 0),
+                ("decode", 2),
+                ("prefill", 0),
+            ]
             await _clean(b)
 
     bench(test)

@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from disaggserve import metric_names as names
 from disaggserve import workload
+from disaggworker.load import Book
 from disaggworker.router.app import Router, serving
 from disaggworker.router.config import Config
 from disaggworker.router.fleet import Role, Seen
@@ -84,8 +85,10 @@ class Fake:
         self.says_seed = True  # so that an answer can go on elsewhere
         self.engine = "torch"
         self.pieces: list[bytes] | None = None
+        self.written = 0  # bytes that its socket has taken
         self.cancelled = 0
         self.released: list[str] = []
+        self.book: Book | None = None  # what it tells of its load, where it does
         self.url = ""
 
     @property
@@ -98,6 +101,8 @@ class Fake:
         app.router.add_post("/v1/completions", self._handle)
         app.router.add_post("/v1/chat/completions", self._handle)
         app.router.add_post("/release", self._release)
+        if self.book:
+            app.router.add_get("/load", self.book.stream)
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -112,7 +117,8 @@ class Fake:
         self.bodies.append(body)
         self.ids.append(http.headers["X-Request-Id"])
         try:
-            await self.gate.wait()
+            with self.book.queued(http, len(body["prompt"])) if self.book else contextlib.nullcontext():
+                await self.gate.wait()
             if self.dies == "before":
                 assert http.transport is not None
                 http.transport.abort()
@@ -170,6 +176,7 @@ class Fake:
             pieces = stream(n, chat, start, "return_token_ids" in body)
         for piece in self.pieces or pieces:
             await answer.write(piece)
+            self.written += len(piece)
             if self.dies == "mid":
                 assert http.transport is not None
                 http.transport.abort()
@@ -636,6 +643,37 @@ def test_a_client_that_goes_cancels_upstream() -> None:
     run(test())
 
 
+def test_a_slow_client_holds_its_instance_back() -> None:
+    """What a client does not take is not piled up in the router."""
+
+    async def test() -> None:
+        p, d = pair()
+        async with bench(p, d) as b:
+            text = "x" * 2**16
+            d.pieces = [frame(text) for _ in range(640)]
+            d.pieces += stream(2)
+            reader, writer = await asyncio.open_connection("127.0.0.1", b.router.config.port, limit=2**16)
+            body = json.dumps({"prompt": "a", "max_tokens": 642, "stream": True}).encode()
+            writer.write(
+                b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+            )
+            writer.write(body)
+            still, before = 0, -1
+            while still < 20:  # nothing has moved for a while
+                still, before = (still + 1, d.written) if d.written == before else (0, d.written)
+                await asyncio.sleep(0.02)
+            assert 0 < d.written < 30 * 2**20
+            got = 0
+            while not (piece := await reader.read(2**20)).endswith(b"0\r\n\r\n"):
+                got += len(piece)
+            writer.close()
+            assert got > 40 * 2**20
+            await b.idle()
+            assert await b.outcomes() == {"ok true": 1}
+
+    run(test())
+
+
 def test_a_workers_refusal_is_passed_on() -> None:
     async def test() -> None:
         p, d = pair()
@@ -801,6 +839,57 @@ def test_finish_waits_for_streams() -> None:
             await finishing
 
     run(test())
+
+
+# ------------------------------------------------------------------------------------------- several routers
+
+FACTS = dict.fromkeys(("waiting", "running", "free_blocks", "total_blocks", "leased_blocks"), 0)
+
+
+def test_routers_side_by_side_share_the_load_and_notice_silence() -> None:
+    async def test() -> None:
+        p0, p1, d = Fake("prefill", "p0"), Fake("prefill", "p1"), Fake("decode", "d")
+        p0.book, p1.book = Book(lambda: FACTS), Book(lambda: FACTS)
+        async with bench(p0, p1, d) as a, bench_beside(a) as b, bench_beside(a) as c:
+
+            def known(name: str) -> list[Any]:
+                return [i for x in (a, b, c) for i in x.router.fleet.instances() if i.seen.name == name]
+
+            await until(lambda: all(i.others and not i.lost for i in [*known("p0"), *known("p1")]), "heard")
+            assert not any(i.lost for i in known("d"))  # it has no such door: own counts are all there is
+            p0.gate.clear()
+            p1.gate.clear()
+            asked = [asyncio.create_task(a.post(prompt=[5] * 100).__aenter__())]
+            await until(
+                lambda: sorted(i.all_queued_tokens for i in known("p0")) == [100] * 3, "of a's request"
+            )
+            asked.append(asyncio.create_task(b.post(prompt=[5] * 60).__aenter__()))
+            await until(
+                lambda: sorted(i.all_queued_tokens for i in known("p1")) == [60] * 3, "of b's request"
+            )
+            asked.append(asyncio.create_task(c.post(prompt=[5] * 30).__aenter__()))
+            await until(lambda: len(p1.bodies) == 2, "the shorter queue of all three routers' requests")
+            for fake in (p0, p1):
+                fake.gate.set()
+            for task in asked:
+                assert (await task).status == 200
+            p0.book.close()
+            await until(lambda: all(i.lost for i in known("p0")), "p0 has fallen silent")
+            async with a.post() as answer:
+                assert answer.status == 200
+            assert (len(p0.bodies), len(p1.bodies)) == (1, 3)  # unknown is not idle
+
+    run(test())
+
+
+@contextlib.asynccontextmanager
+async def bench_beside(other: Bench) -> AsyncIterator[Bench]:
+    """Another router before the same instances."""
+    config = replace(CONFIG, port=free_port())
+    async with serving(config) as router:
+        made = Bench(router, f"http://127.0.0.1:{config.port}", other.client, other.fakes)
+        made.show()
+        yield made
 
 
 # ------------------------------------------------------------------------------------------- discovery, process

@@ -6,16 +6,19 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from disaggserve import latency, plan, simulate, workload
+from disaggserve import engines, latency, plan, search, simulate, workload
 from disaggserve.api import manifest
 from disaggserve.api.errors import InvalidInput
-from disaggserve.api.plan import Plan
+from disaggserve.api.plan import Plan, Slot
 from disaggserve.api.spec import Spec
 from disaggserve.cli import plan as cli_plan
 from tests.contract.broken import GOOD
@@ -210,3 +213,78 @@ def test_another_protocol_is_another_pairing_key(monkeypatch: pytest.MonkeyPatch
     before = plan.pairing_key(spec())
     monkeypatch.setattr("disaggserve.wire.VERSION", 1_000)
     assert plan.pairing_key(spec()) != before
+
+
+# ---- which pod is which
+
+
+def standing(made: plan.Draft, node_gpus: int) -> plan.Facts:
+    """The nodes, full but for what is free beside the plan's pods."""
+    pods = tuple(
+        {
+            "metadata": {"name": f"pod-{n}", "namespace": "default", "uid": f"u{n}"},
+            "spec": {
+                "nodeName": s.node,
+                "containers": [
+                    {"name": "worker", "resources": {"requests": {"nvidia.com/gpu": str(s.gpus)}}}
+                ],
+            },
+            "status": {"phase": "Running"},
+        }
+        for n, s in enumerate(made.instances)
+    )
+    own = {f"u{n}": s for n, s in enumerate(made.instances)}
+    return plan.Facts(nodes=(node("gpu-0", node_gpus), node("gpu-1", 8)), pods=pods, own=own)
+
+
+@pytest.mark.parametrize("nodes", [(), ({"name": "gpu-0", "count": 2},)])
+@pytest.mark.parametrize("free", [0, 2])
+def test_a_plan_by_hand_in_other_roles_turns_what_stands(free: int, nodes: tuple[Any, ...]) -> None:
+    def by_roles(engine: str, prefill: int, decode: int, nodes: tuple[Any, ...] = ()) -> Spec:
+        roles: list[Any] = [
+            {"role": r, "tp": 1, "pp": 1, "count": n} for r, n in (("prefill", prefill), ("decode", decode))
+        ]
+        if nodes:
+            roles[1]["nodes"] = list(nodes)
+        return spec(1, engine={"type": engine}, plan={"roles": roles})
+
+    full = plan.Facts(nodes=(node("gpu-0", 3), node("gpu-1", 8)))
+    first = plan.draft(by_roles("vllm", 2, 1), full)
+    assert {s.node for s in first.instances} == {"gpu-0"}
+    facts = standing(first, 3 + free)
+    second = plan.draft(by_roles("vllm", 1, 2, nodes), facts, previous=first.instances)
+    before, after = ({s.identity: s for s in d.instances} for d in (first, second))
+    assert before.keys() == after.keys()
+    (turned,) = (k for k in before if before[k] != after[k])
+    assert after[turned] == before[turned].of_role("decode")
+
+
+slots = st.lists(
+    st.tuples(st.sampled_from(["prefill", "decode"]), st.sampled_from([1, 2]), st.sampled_from(["a", "b"])),
+    max_size=6,
+).map(
+    lambda rows: [
+        Slot(slot=n, role=role, tp=tp, pp=1, node=node, pairing_key="k", template="t")  # type: ignore[arg-type]
+        for n, (role, tp, node) in enumerate(rows)
+    ]
+)
+
+
+@given(previous=slots, stands=slots, wanted=slots, turned=st.data())
+def test_every_instance_has_one_slot_and_a_plan_on_its_way_is_not_changed_by_asking_again(
+    previous: list[Slot], stands: list[Slot], wanted: list[Slot], turned: st.DataObject
+) -> None:
+    places = Counter((s.role, s.tp, s.node) for s in wanted)
+    groups = [search.Group(role, tp, 1, n, ((where, n),)) for (role, tp, where), n in places.items()]
+    made = plan.slots(groups, "k", "t", previous, stands, engines.VLLM)
+    assert Counter((s.role, s.tp, s.node) for s in made) == places
+    assert len({s.identity for s in made}) == len(made)
+    # Every standing instance that has a place, in any role, keeps it before a pod is made for another.
+    new = [s for s in made if s.identity not in {x.identity for x in stands if x.node == s.node}]
+    idle = [s for s in stands if s.identity not in {x.identity for x in made}]
+    assert not {(s.tp, s.node) for s in new} & {(s.tp, s.node) for s in idle}
+    # Whatever has become of it so far: pods in their old role or in the new one, or not there yet.
+    before = {s.identity: s for s in stands}
+    half = [before.get(s.identity, s) if turned.draw(st.booleans()) else s for s in made]
+    half = [s for s in half if turned.draw(st.booleans())]
+    assert plan.slots(groups, "k", "t", made, half, engines.VLLM) == made

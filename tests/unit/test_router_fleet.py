@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import random
 from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disaggworker.router.fleet import Fleet, Hold, Role, Seen
+from disaggserve.protocol import Load
+from disaggworker.router.fleet import WARM_AFTER, Fleet, Hold, Instance, Role, Seen
+from disaggworker.router.prefixes import Prefixes
+from disaggworker.router.request import Request
 
 
 def seen(name: str, role: Role, key: str = "k", **more: bool) -> Seen:
@@ -121,6 +126,139 @@ def test_what_left_the_view_is_unknown_but_kept_while_held() -> None:
     hold.end()
     f.update([D0])
     assert [i.seen for i in f.instances()] == [D0]
+
+
+def load(**tokens: int) -> Load:
+    nothing = dict.fromkeys(
+        ("queued_tokens", "kv_tokens", "waiting", "running", "free_blocks", "total_blocks", "leased_blocks"),
+        0,
+    )
+    return Load(**{**nothing, **tokens})
+
+
+def one(f: Fleet, name: str) -> Instance:
+    return next(i for i in f.instances() if i.seen.name == name)
+
+
+def test_others_requests_count_as_our_own() -> None:
+    f = fleet(P0, P1, D0, D1)
+    one(f, "p1").answered = WARM_AFTER
+    one(f, "p0").others = load(queued_tokens=10)
+    one(f, "d0").others = load(kv_tokens=10)
+    Hold(one(f, "p1"), queued_tokens=9)
+    assert f.prefill(0) is one(f, "p1")
+    Hold(one(f, "p1"), queued_tokens=2)
+    assert f.prefill(0) is one(f, "p0")
+    assert f.decode("k", 0) is one(f, "d1")
+
+
+def test_a_load_that_is_unknown_is_not_zero() -> None:
+    f = fleet(P0, P1, D0)
+    one(f, "p0").lost = True
+    one(f, "p1").others = load(queued_tokens=10**6)
+    assert f.prefill(0) is one(f, "p1")
+    assert f.drain_view()["p0"]["leased_blocks"] is None
+    assert f.drain_view()["p1"]["leased_blocks"] == 0
+    one(f, "p1").lost = True  # none is known: own counts are all there is
+    Hold(one(f, "p1"), queued_tokens=1)
+    assert f.prefill(0) is one(f, "p0")
+
+
+def test_a_new_instance_is_given_little_until_it_has_answered() -> None:
+    f = fleet(P0, P1, D0)
+    old, new = one(f, "p0"), one(f, "p1")
+    for _ in range(WARM_AFTER):
+        f.generated(old)
+    busy = Hold(old, queued_tokens=10**6)
+    at_once = []
+    for answered in range(4):
+        holds = []
+        while (p := f.prefill(0)) is new:
+            holds.append(Hold(p, queued_tokens=1))
+        assert p is old
+        at_once.append(len(holds))
+        for hold in holds:
+            hold.end()
+        f.generated(new)
+        assert answered + 1 == new.answered
+    assert at_once == [1, 2, 3, 4]
+    f.update([P0, replace(P1, ready=False), D0])
+    f.update([P0, P1, D0])
+    assert new.answered == 0  # it came up anew
+    busy.end()
+    new.answered = 0
+    f.update([P1, D0])
+    assert all(Hold(new) and f.prefill(0) is new for _ in range(3))  # there is no other
+
+
+def ask(prompt: list[int]) -> Request:
+    body = {"model": "m", "prompt": prompt}
+    return Request(json.dumps(body).encode(), chat=False, model_name="m", id="i")
+
+
+def test_prompts_go_where_their_beginning_is() -> None:
+    f = fleet(P0, P1, D0)
+    for i in f.instances():
+        f.cached(i, 0)
+    a, b = [1] * 256, [2] * 256
+    first = f.prefill(0, ask([*a, 3]))
+    hold = Hold(first, queued_tokens=64)
+    second = f.prefill(0, ask([*b, 3]))
+    hold.end()
+    assert first is not second
+    for k in range(20):  # in turn and without another's queue: to each its own
+        assert f.prefill(0, ask([*a, k])) is first
+        assert f.prefill(0, ask([*b, k])) is second
+    f.cached(first, None)  # one that says nothing of a prefix cache has none
+    f.cached(second, None)
+    assert f.prefill(0, ask([*b, 3])) is one(f, "p0")
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 600), st.integers(0, 2)), max_size=40))
+def test_affinity_never_starves_balance(asked: list[tuple[int, int, int]]) -> None:
+    """Whatever prompts share, the chosen queue is longer than the shortest by less than the prompt."""
+    f = fleet(P0, P1, seen("p2", "prefill"), D0)
+    prefills = [one(f, n) for n in ("p0", "p1", "p2")]
+    for i in prefills:
+        i.caches, i.answered = True, WARM_AFTER
+    holds = []
+    for kind, length, ends in asked:
+        request = ask([kind] * length)
+        chosen = f.prefill(0, request)
+        assert chosen is not None
+        assert chosen.queued_tokens - min(i.queued_tokens for i in prefills) <= length
+        assert request.uncached_tokens <= length
+        holds.append(Hold(chosen, queued_tokens=request.uncached_tokens))
+        for _ in range(min(ends, len(holds))):
+            holds.pop(0).end()
+
+
+def test_affinity_helps() -> None:
+    """Forty conversations that grow turn by turn, on two instances: tokens to compute, with the term and without."""
+
+    def uncached(caches: bool) -> int:
+        f = fleet(P0, P1, D0)
+        total = 0
+        held: dict[str, Prefixes] = {"p0": Prefixes(), "p1": Prefixes()}  # what each really has
+        rng = random.Random(1)
+        for i in f.instances():
+            i.caches, i.answered = caches, WARM_AFTER
+        flying: list[Hold] = []
+        for turn in range(1, 6):
+            for talk in rng.sample(range(40), 40):
+                request = ask([talk] * 128 * turn)
+                chosen = f.prefill(0, request)
+                assert chosen is not None
+                cache = held[chosen.seen.name]
+                own = request.input_tokens - cache.known_tokens(request.prefix)
+                cache.note(request.prefix)
+                total += own
+                flying.append(Hold(chosen, queued_tokens=request.uncached_tokens))
+                if len(flying) > 3:
+                    flying.pop(0).end()
+        return total
+
+    assert uncached(True) < 0.7 * uncached(False)
 
 
 @given(st.lists(st.tuples(st.sampled_from("apgeu"), st.integers(0, 7)), max_size=60))

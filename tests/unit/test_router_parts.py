@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from typing import Any
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from disaggserve import metric_names as names
 from disaggserve.protocol import Resume
 from disaggworker.router import config, discovery
-from disaggworker.router.errors import UnknownModel, WrongRequest
-from disaggworker.router.fleet import Seen
+from disaggworker.router.admission import Admission
+from disaggworker.router.errors import QueueFull, UnknownModel, WrongRequest
+from disaggworker.router.fleet import Fleet, Seen
 from disaggworker.router.metrics import Histogram, Metrics, bucket
+from disaggworker.router.prefixes import PIECE_TOKENS, Prefixes, prefix
 from disaggworker.router.request import Request, request_id
 
 
@@ -151,6 +154,60 @@ def test_ids() -> None:
     assert request_id("abc-1.2_X") == "abc-1.2_X"
     for said in (None, "", "a b", "a\n", "x" * 129, "é"):
         assert request_id(said) not in (said, request_id(said))
+
+
+@given(st.lists(st.integers(0, 3), max_size=300), st.integers(1, 12))
+def test_known_beginnings(prompt: list[int], most: int) -> None:
+    known = Prefixes(most)
+    pieces = prefix(prompt)
+    assert len(pieces) == len(prompt) // PIECE_TOKENS
+    assert known.known_tokens(pieces) == 0
+    known.note(pieces)
+    assert len(known) <= most
+    assert known.known_tokens(pieces) == PIECE_TOKENS * min(most, len(pieces))
+    assert prefix([*prompt, 9])[: len(pieces)] == pieces
+    assert prefix([9, *prompt])[: len(pieces)] != pieces or not pieces
+
+
+def test_what_was_not_asked_for_lately_is_forgotten() -> None:
+    known = Prefixes(4)
+    a, b, c = (prefix(letter * 512) for letter in (b"a", b"b", b"c"))
+    for pieces in (a, b, a, c):
+        known.note(pieces)
+    assert [known.known_tokens(p) for p in (a, b, c)] == [128, 0, 128]
+
+
+def test_texts_that_begin_alike() -> None:
+    def chat(*said: str) -> Request:
+        return request(chat=True, messages=[{"role": "user", "content": c} for c in said])
+
+    one, two = chat("x" * 600), chat("x" * 600, "more")
+    assert len(one.prefix) == 2
+    assert two.prefix[:2] == one.prefix
+    other = request(prompt="x" * 511 + "y")
+    assert [a == b for a, b in zip(request(prompt="x" * 600).prefix, other.prefix, strict=True)] == [
+        True,
+        False,
+    ]
+
+
+def test_retry_after_is_the_queues_own_time() -> None:
+    async def test() -> None:
+        admission = Admission(Fleet(), 4, 1.0)
+        now_s = asyncio.get_running_loop().time()
+        for _ in range(4):
+            admission.enter()
+        with pytest.raises(QueueFull) as full:
+            admission.enter()
+        assert full.value.retry_after_s == 5  # nothing is known yet
+        for k in range(20):  # two a second
+            admission._served_s.append(now_s - 10 + k / 2)
+        assert admission.wait_s(now_s) == 2
+        admission.queued = 1000
+        assert admission.wait_s(now_s) == 60
+        assert admission.wait_s(now_s + 31) == 5
+
+    asyncio.run(test())
 
 
 def pod(**status: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from disaggworker.errors import StartError, WorkerError
 
-_USAGE = "usage: disaggworker prefill|decode|router|fetch|profile [flags]; each knows --help"
+_USAGE = "usage: disaggworker prefill|decode|router|fetch|profile|--speak vllm [flags]; each knows --help"
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
 _FILES += ["special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"]
@@ -31,6 +31,15 @@ def main(argv: list[str] | None = None) -> int:
                 return int(run_router(argv) or 0)
             case "fetch":
                 return fetch(argv[1:])
+            case "--speak":
+                if argv[1:2] != ["vllm"]:
+                    print(
+                        "--speak: vllm is the only engine that this worker can stand in for", file=sys.stderr
+                    )
+                    return 2
+                from disaggworker.speak.vllm import run as run_vllm
+
+                return run_vllm(argv[2:])
             case "profile":
                 from disaggworker.profiling.main import run as run_profile
 

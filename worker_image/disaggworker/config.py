@@ -44,6 +44,8 @@ class Config:
     pace: PaceFacts | None
     kv_blocks: int  # 0 = what fits
     lease_s: float
+    kv_share: bool  # the KV pool is memory that another process of this host may map
+    kv_checksum: bool  # pulled KV is held against checksums
     pod_ip: str
     pod_name: str
     node_name: str
@@ -73,6 +75,12 @@ def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
     add("--pace", default="", help="JSON: keep a real GPU's time with a tiny model")
     add("--kv-blocks", type=int, default=0, help="KV blocks of 16 tokens; default: what memory holds")
     add("--lease-s", type=float, default=60.0, help="seconds that un-pulled KV is kept")
+    add(
+        "--kv-share",
+        action="store_true",
+        help="let a decode worker of the same container read KV from memory",
+    )
+    add("--kv-checksum", action="store_true", help="check that pulled KV arrives as it was sent; costs time")
     flags = parser.parse_args(argv)
     for name in ("tp", "pp"):
         if getattr(flags, name) < 1:

@@ -6,7 +6,8 @@ WorkerError
 └── TransferError      the KV of a request cannot be had: HTTP 502
     ├── HandoffGone    the lease ended, or the blocks belong to somebody else
     ├── NotPaired      prefill and decode worker are of different revisions
-    └── PeerLost       the prefill worker does not answer
+    ├── PeerLost       the prefill worker does not answer
+    └── Corrupted      what arrived is not what was sent
 """
 
 from __future__ import annotations
@@ -59,3 +60,9 @@ class PeerLost(TransferError):
     """The prefill worker does not answer."""
 
     code = "prefill_worker_lost"
+
+
+class Corrupted(TransferError):
+    """A checksum does not fit: what arrived is not what was sent."""
+
+    code = "kv_corrupted"

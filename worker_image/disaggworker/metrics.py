@@ -6,6 +6,7 @@ Plain numbers on the event loop: a histogram costs one bisection per value, whic
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 
 from disaggserve import metric_names as names
@@ -51,6 +52,7 @@ class Metrics:
         self.tpot = Histogram(names.TPOT_BUCKETS)
         self.decode = Histogram(names.TTFT_BUCKETS)
         self.generation_tokens = Histogram(_TOKEN_EDGES)
+        self.pulls: Counter[str] = Counter()  # by transport
         # Input lengths from prefill only, output lengths from decode only (REFERENCE § 7).
         self._shown = {names.VLLM_QUEUE_TIME: self.queue} | (
             {
@@ -74,6 +76,10 @@ class Metrics:
             kind = "counter" if name.endswith("_total") else "gauge"
             out += [f"# HELP {name} {names.HELP[name]}", f"# TYPE {name} {kind}"]
             out.append(f"{name}{{{self._label}}} {number}")
+        if self.pulls:
+            name = names.WORKER_KV_PULLS
+            out += [f"# HELP {name} {names.HELP[name]}", f"# TYPE {name} counter"]
+            out += [f'{name}{{{self._label},transport="{way}"}} {n}' for way, n in sorted(self.pulls.items())]
         for name, histogram in self._shown.items():
             out += [f"# HELP {name} {names.HELP[name]}", f"# TYPE {name} histogram"]
             out += histogram.lines(name, self._label)

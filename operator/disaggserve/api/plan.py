@@ -15,6 +15,7 @@ from disaggserve.api.model import ApiModel, Rule
 
 RoleName = Literal["prefill", "decode", "mixed"]
 Kind = Literal[RoleName, "colocated"]
+Identity = tuple[str, int, int, int]
 Text = Annotated[str, Field(max_length=1024)]
 Name = Annotated[str, Field(max_length=253)]
 
@@ -228,6 +229,9 @@ class Slot(ApiModel):
         ge=0, le=9999, description="Number of the instance among those of its shape. Example: 0."
     )
     role: RoleName = Field(description="What it may do. Example: decode.")
+    chunk: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Mixed: tokens of a step; left out: whole prompts first. Example: 512."
+    )
     tp: int = Field(ge=1, description="Tensor parallelism. Example: 1.")
     pp: int = Field(ge=1, description="Pipeline parallelism. Example: 1.")
     node: str = Field(description="The node that its pod is pinned to. Example: gpu-0.")
@@ -237,6 +241,15 @@ class Slot(ApiModel):
     @property
     def gpus(self) -> int:
         return self.tp * self.pp
+
+    @property
+    def identity(self) -> Identity:
+        """What names the instance, but for the attempt: pairing key, shape, slot number."""
+        return (self.pairing_key, self.tp, self.pp, self.slot)
+
+    def of_role(self, role: RoleName, chunk: int | None = None) -> Slot:
+        """The same instance in another role."""
+        return self.model_copy(update={"role": role, "chunk": chunk})
 
 
 class ExcludedNode(ApiModel):

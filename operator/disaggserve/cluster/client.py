@@ -98,6 +98,10 @@ class Cluster:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ApiError(0, f"the API server cannot be reached: {error}") from error
 
+    def may_write(self) -> None:
+        """The same fence for a write that does not go to the API server."""
+        self._fence()
+
     async def close(self) -> None:
         await self._api.close()
 

@@ -1,23 +1,20 @@
-"""Reads the cluster at the moment of acting: nodes, pods, commits, and what the routers say of each instance."""
+"""Reads the cluster at the moment of acting: nodes, pods, commits."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import aiohttp
-
-from disaggserve import hardware, manifests
+from disaggserve import engines, hardware, manifests
 from disaggserve.api.plan import Slot
 from disaggserve.cluster.client import NODES, PODS, REVISIONS, Cluster, Json, condition
 from disaggserve.cluster.clock import parse_rfc3339
 from disaggserve.cluster.commit import Stored, of_owner, owned_by, parse
 from disaggserve.manifests import Owner
-from disaggserve.rollout import Instance, Load
+from disaggserve.rollout import Instance
 
 NODE_LOST_S = 60.0
-_ROUTER_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +78,7 @@ def instance(pod: Json, nodes: set[str], lost: set[str], now_s: float) -> Instan
     slot = Slot(
         slot=int(labels[manifests.SLOT]),
         role=labels[manifests.ROLE],
+        chunk=int(labels[manifests.CHUNK]) if manifests.CHUNK in labels else None,
         tp=int(tp),
         pp=int(pp),
         node=node,
@@ -108,6 +106,7 @@ def instance(pod: Json, nodes: set[str], lost: set[str], now_s: float) -> Instan
         age_s=max(0.0, now_s - parse_rfc3339(metadata["creationTimestamp"])),
         scheduled=bool(pod["spec"].get("nodeName")),
         unscheduled_reason=str(scheduled.get("message", "")),
+        role_change=engines.engine(labels.get(manifests.ENGINE, "torch")).role_change,
     )
 
 
@@ -174,38 +173,4 @@ async def snapshot(cluster: Cluster, owner: Owner, now_s: float) -> Snapshot:
         ],
         routers=[p for p in own if p["metadata"]["labels"].get(manifests.ROLE) == "router"],
         own_pods=workers,
-    )
-
-
-async def _ask(session: aiohttp.ClientSession, router: Json) -> Mapping[str, Mapping[str, int]] | None:
-    ip = router["status"].get("podIP")
-    if not ip:
-        return None
-    try:
-        async with session.get(f"http://{ip}:{manifests.HTTP_PORT}/drain") as answer:
-            answer.raise_for_status()
-            instances: Mapping[str, Mapping[str, int]] = (await answer.json())["instances"]
-            return instances
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError):
-        return None  # a router that cannot be asked is unknown, not idle
-
-
-async def with_loads(instances: Sequence[Instance], routers: Sequence[Json]) -> list[Instance]:
-    """Instances with what all routers together say of them; asked only when something drains."""
-    if not any(i.drain_age_s is not None for i in instances):
-        return list(instances)
-    running = [r for r in routers if r["status"].get("phase") in ("Running", "Pending")]
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ROUTER_TIMEOUT_S)) as session:
-        views = await asyncio.gather(*(_ask(session, r) for r in running))
-    return [replace(i, load=_load(i.uid, views)) for i in instances]
-
-
-def _load(uid: str, views: Sequence[Mapping[str, Mapping[str, int]] | None]) -> Load | None:
-    if not views or any(v is None or uid not in v for v in views):
-        return None
-    mine = [v[uid] for v in views if v is not None]
-    return Load(
-        admitting=any(bool(m["admitting"]) for m in mine),
-        in_flight=sum(int(m["in_flight"]) for m in mine),
-        leased=sum(int(m["leased"]) for m in mine),
     )

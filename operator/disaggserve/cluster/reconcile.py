@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from disaggserve import drift, manifests, plan, rollout
@@ -21,8 +21,8 @@ from disaggserve.api.model import seconds
 from disaggserve.api.plan import Commit, ExcludedNode, Plan, Slot, digest
 from disaggserve.api.spec import Spec
 from disaggserve.api.status import Decision, Observed, Proposal, RolloutStatus
+from disaggserve.cluster import asking, metrics, observe, searching
 from disaggserve.cluster import commit as commits
-from disaggserve.cluster import metrics, observe, searching
 from disaggserve.cluster.apply import apply_all
 from disaggserve.cluster.client import PODS, RESOURCES, ApiError, Cluster, Json, condition
 from disaggserve.cluster.clock import Clock, parse_rfc3339, rfc3339
@@ -84,8 +84,8 @@ def why_replan(spec: Spec, snap: observe.Snapshot, now_s: float) -> Why | None:
             return Why("Nodes", f"node {slot.node} has not been Ready for a minute")
         if node.get("spec", {}).get("unschedulable"):
             return Why("Nodes", f"node {slot.node} is cordoned")
-    wanted = {rollout.identity(s): s for s in latest.commit.instances}
-    mine = [i for i in snap.instances if i.alive and wanted.get(rollout.identity(i.slot)) == i.slot]
+    wanted = {s.identity: s for s in latest.commit.instances}
+    mine = [i for i in snap.instances if i.alive and wanted.get(i.slot.identity) == i.slot]
     for i in mine:
         if not i.scheduled and i.age_s > seconds(spec.rollout.schedule_timeout):
             until = rfc3339(now_s + _EXCLUDED_S)
@@ -95,9 +95,9 @@ def why_replan(spec: Spec, snap: observe.Snapshot, now_s: float) -> Why | None:
             )
             return Why("Nodes", reason, (ExcludedNode(name=i.slot.node, until=until, reason=words[:1000]),))
     if len(snap.commits) > 1 and latest.commit.cause != "RollBack":
-        before = {rollout.identity(s) for s in snap.commits[-2].commit.instances}
+        before = {s.identity for s in snap.commits[-2].commit.instances}
         for i in mine:
-            new = rollout.identity(i.slot) not in before
+            new = i.slot.identity not in before
             if new and i.scheduled and not i.ready and i.age_s > seconds(spec.rollout.ready_timeout):
                 return Why("RollBack", f"{i.name} was not ready within {spec.rollout.ready_timeout}")
     return None
@@ -415,12 +415,12 @@ class Reconciler:
         target = latest.commit.instances
         current = snap.commits[-2].commit.instances if len(snap.commits) > 1 else ()
         facts = self._facts(snap, latest.commit.excluded_nodes, now_s)
-        instances = await observe.with_loads(snap.instances, snap.routers)
+        instances = await asking.with_words(snap.instances, snap.routers, snap.own_pods)
         step = rollout.next_step(instances, current, target, self._limits(spec, facts))
         refused = ""
         if not spec.paused:
             try:
-                await self._write(owner, spec, snap, step, now_s)
+                step = await self._write(owner, spec, snap, step, now_s)
             except ApiError as error:
                 if error.status not in _REFUSALS:
                     raise
@@ -437,25 +437,35 @@ class Reconciler:
 
     async def _write(
         self, owner: Owner, spec: Spec, snap: observe.Snapshot, step: rollout.Step, now_s: float
-    ) -> None:
-        """Everything around the instances, then the step. Raises ApiError."""
+    ) -> rollout.Step:
+        """Everything around the instances, then the step; returned with what turned out to hold it up. Raises ApiError."""
         latest = snap.commits[-1]
         context = plan.context_length(spec)
         await apply_all(self._cluster, manifests.around(owner, spec, context, self._settings.images))
-        await self._take(owner, spec, step, latest, context, now_s)
+        refused = await self._take(owner, spec, step, snap, context, now_s)
         budget = manifests.disruption_budget(owner, len(latest.commit.instances))
         await apply_all(self._cluster, [budget])
         await commits.prune(self._cluster, owner, snap.commits)
+        return replace(step, waiting="; ".join([*refused, step.waiting] if step.waiting else refused))
 
     async def _take(
-        self, owner: Owner, spec: Spec, step: rollout.Step, latest: Stored, context: int, now_s: float
-    ) -> None:
-        """Every write of a step is right on its own: killed between any two, the next reconcile takes the rest."""
+        self, owner: Owner, spec: Spec, step: rollout.Step, snap: observe.Snapshot, context: int, now_s: float
+    ) -> list[str]:
+        """Every write of a step is right on its own: killed between any two, the next reconcile takes the rest.
+
+        Returns the words of workers that did not take their role.
+        """
+        latest = snap.commits[-1]
         for c in step.create:
             pod = manifests.worker_pod(
                 owner, spec, c.slot, c.attempt, latest.revision, context, self._settings.images
             )
             await self._cluster.create(PODS, pod)
+        refused = []
+        for t in step.turn:
+            why = await self._turn(owner, t, snap, latest.revision)
+            if why:
+                refused.append(why)
         for i in step.admit:
             change: Change = {"labels": {manifests.DRAIN: None}, "annotations": {manifests.DRAIN_SINCE: None}}
             await self._relabel(owner, i, change)
@@ -467,6 +477,20 @@ class Reconciler:
             await self._relabel(owner, i, change)
         for i in step.delete:
             await self._cluster.delete(PODS, owner.namespace, i.name, i.uid)
+        return refused
+
+    async def _turn(self, owner: Owner, turn: rollout.Turn, snap: observe.Snapshot, revision: int) -> str:
+        """The worker first, then its labels: whatever is cut off, the label never says more than the worker. Why not, in words."""
+        if turn.instance.role_change == "door":
+            pod = next(p for p in snap.own_pods if p["metadata"]["uid"] == turn.instance.uid)
+            self._cluster.may_write()
+            why = await asking.take_role(pod, turn.slot, revision)
+            if why:
+                return why
+        chunk = None if turn.slot.chunk is None else str(turn.slot.chunk)
+        labels = {manifests.ROLE: turn.slot.role, manifests.CHUNK: chunk, manifests.REVISION: str(revision)}
+        await self._relabel(owner, turn.instance, {"labels": labels})
+        return ""
 
     async def _relabel(self, owner: Owner, instance: rollout.Instance, change: Change) -> None:
         await self._cluster.merge(
@@ -485,14 +509,12 @@ class Reconciler:
         latest: Stored,
     ) -> None:
         serving = [i for i in instances if i.serves]
-        pairs = {i.slot.pairing_key for i in serving if i.slot.role == "prefill"}
-        pairs &= {i.slot.pairing_key for i in serving if i.slot.role == "decode"}
         router = any(
             condition(r["status"].get("conditions", []), "Ready").get("status") == "True"
             for r in snap.routers
         )
-        ready = set(map(rollout.identity, (i.slot for i in serving)))
-        count = sum(rollout.identity(s) in ready for s in target)
+        ready = {i.slot.identity for i in serving}
+        count = sum(s.identity in ready for s in target)
         words = f"{count} of {len(target)} planned instances and {'a' if router else 'no'} router ready"
         troubles = [
             f"{p['metadata']['name']}: {t}"
@@ -501,7 +523,7 @@ class Reconciler:
         ]
         if troubles:
             words += "; " + "; ".join(troubles[:3])
-        if pairs and router:
+        if rollout.readable(serving) and router:
             report.set("Ready", "True", "Serving", words)
         else:
             report.set("Ready", "False", "InstanceFailing" if troubles else "NotReady", words)
@@ -515,13 +537,14 @@ class Reconciler:
                 f"{verb} {len(things)}"
                 for verb, things in (
                     ("creating", step.create),
+                    ("changing the role of", step.turn),
                     ("admitting", step.admit),
                     ("draining", step.drain),
                     ("deleting", step.delete),
                 )
                 if things
             ]
-            text = ", ".join(doing) or step.waiting or step.blocked_by
+            text = "; ".join(filter(None, (", ".join(doing), step.waiting))) or step.blocked_by
             report.set(
                 "Progressing", "True", "RollingOut", f"revision {latest.revision} is being carried out"
             )

@@ -8,8 +8,9 @@ stages alone do without.
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from disaggserve.api.errors import DisaggServeError
 from disaggserve.engines import Role
@@ -31,12 +32,16 @@ class NoRoom(DisaggServeError):
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Standing:
-    """An own instance that stands on a node now; its GPUs are counted as used in the inventory."""
+    """An own instance that stands on a node now; its GPUs are counted as used in the inventory.
+
+    `turns`: roles that it can take where it stands.
+    """
 
     role: Role
     tp: int
     pp: int
     node: str
+    turns: frozenset[Role] = dataclasses.field(default=frozenset(), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +70,17 @@ _Key = tuple[tuple[Role, int, int], ...]
 def pack(wanted: Iterable[Wanted], inventory: Inventory, keep: Iterable[Standing] = ()) -> tuple[Group, ...]:
     """Nodes for the wanted instances, one group per role and shape (prefill first, then by tp and pp).
 
-    Instances of `keep` come first where their shape is wanted and cost nothing: they stand there. A node that
-    the inventory refuses for want of room only (GPUs, pods, CPU …) still carries what stands on it; on a node
+    Instances of `keep` come first where their shape is wanted and cost nothing: they stand there. First those whose role is
+    wanted too, then those that can take the wanted role. A node that the inventory refuses for want of room only (GPUs, pods, CPU …) still carries what stands on it; on a node
     refused for another reason, or not known at all, nothing is kept. Raises `NoRoom`.
     """
     counts: Counter[_Key] = Counter()
     for role, tp, pp, count in wanted:
         counts[((role, tp, pp),)] += count
+    keep = list(keep)
     standing: Counter[tuple[_Key, str]] = Counter((((k.role, k.tp, k.pp),), k.node) for k in keep)
-    return _groups(_place(counts, standing, inventory))
+    turns: dict[_Key, frozenset[Role]] = {((k.role, k.tp, k.pp),): k.turns for k in keep}
+    return _groups(_place(counts, standing, inventory, turns))
 
 
 def pack_pairs(
@@ -105,7 +112,10 @@ def only_full(reason: str) -> bool:
 
 
 def _place(
-    counts: Counter[_Key], standing: Mapping[tuple[_Key, str], int], inventory: Inventory
+    counts: Counter[_Key],
+    standing: Mapping[tuple[_Key, str], int],
+    inventory: Inventory,
+    turns: Mapping[_Key, Collection[Role]] = types.MappingProxyType({}),
 ) -> Counter[tuple[_Key, str]]:
     usable = {n.name for n in inventory.nodes} | {r.name for r in inventory.refused if only_full(r.reason)}
     left = +counts
@@ -114,11 +124,24 @@ def _place(
     company = Counter[str]()
     for (_, name), n in standing.items():
         company[name] += n
-    for (key, name), n in sorted(standing.items(), key=lambda s: (-company[s[0][1]], s[0][1], s[0][0])):
-        kept = min(n, left[key]) if name in usable else 0
-        if kept > 0:
-            left[key] -= kept
-            placed[key, name] += kept
+    order = sorted(
+        (s for s in standing.items() if s[0][1] in usable),
+        key=lambda s: (-company[s[0][1]], s[0][1], s[0][0]),
+    )
+    spare = Counter(standing)
+    for (key, name), n in order:
+        kept = min(n, left[key])
+        left[key] -= kept
+        spare[key, name] -= kept
+        placed[key, name] += kept
+    for (key, name), _ in order:
+        for other in sorted(left):
+            if other[0][1:] == key[0][1:] and other[0][0] in turns.get(key, ()):
+                turned = min(spare[key, name], left[other])
+                left[other] -= turned
+                spare[key, name] -= turned
+                placed[other, name] += turned
+    placed = +placed
     items = sorted((key for key, n in left.items() for _ in range(n)), key=lambda k: (-_gpus(k), k))
     if not items:
         return placed

@@ -29,8 +29,6 @@ class Attention:
 
     def __init__(self, pool: Pool, step: Step) -> None:
         self._pool = pool
-        for table, start in zip(step.blocks, step.starts, strict=True):
-            pool.reserve(table[start // BLOCK_TOKENS :])
         positions, tables = step.positions(), _padded(step)
         owners = tables[np.repeat(np.arange(len(tables)), step.counts), positions // BLOCK_TOKENS]
         self._rows = pool.rows(owners, positions % BLOCK_TOKENS)

@@ -80,16 +80,17 @@ class Engine:
         sequence.arrived_s = self._clock()
         self.post(lambda: self.scheduler.add(sequence))
 
-    def pulled(self, sequence: Sequence, prompt: list[int], frames: list[memoryview]) -> None:
-        """The KV of an admitted sequence has come: write it and let it decode."""
+    def pulled(self, sequence: Sequence, prompt: list[int] | None) -> None:
+        """Nothing writes to the blocks of this admitted sequence any more. Its KV is in them, of this prompt, and it decodes;
+        None: the pull failed, and it is forgotten."""
 
         def act() -> None:
-            if sequence.aborted or sequence.kv is None:
-                return
+            sequence.pulling = False
+            if sequence.aborted or sequence.kv is None or prompt is None:
+                return self.scheduler.leave(sequence)
             sequence.prompt = prompt
-            self.pool.write(sequence.kv.blocks, frames)
-            sequence.computed = len(prompt)
-            self.scheduler.join(sequence)
+            sequence.computed = sequence.length - 1
+            return self.scheduler.join(sequence)
 
         self.post(act)
 
@@ -98,7 +99,7 @@ class Engine:
 
         def act() -> None:
             sequence.aborted = True
-            if not sequence.in_flight:
+            if not sequence.in_flight and not sequence.pulling:
                 self.scheduler.leave(sequence)
 
         self.post(act)
@@ -165,6 +166,7 @@ class Engine:
         self._drain()
         for sequence in self.scheduler.admit():
             assert sequence.on_admitted
+            sequence.pulling = True
             sequence.on_admitted()
         if len(self._flying) >= self._pipeline.stages or now < self._pipeline.free_s:
             self._idle = False

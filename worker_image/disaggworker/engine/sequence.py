@@ -43,6 +43,7 @@ class Sequence:
     computed: int = 0  # tokens whose keys and values are in `kv`, those of a step in flight too
     on_admitted: Callable[[], None] | None = None  # decode: `kv` is there to pull into
     aborted: bool = False
+    pulling: bool = False  # somebody writes to its blocks from outside the engine: they must not be freed
     in_flight: bool = False  # in a step whose time is not over
     lane: int = 0  # decode with pipeline stages
     arrived_s: float = 0.0  # monotonic

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import secrets
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,11 +16,14 @@ from torch import Tensor
 from disaggworker.errors import StartError
 from disaggworker.kv.blocks import BLOCK_TOKENS
 
-_FIRST_BLOCKS = 256
 _CPU_POOL_BYTES = 1 << 30  # KV memory on a CPU where nobody says how many blocks
 _GPU_SHARE = 0.9  # of the memory that is free after the weights
 
 Ints = NDArray[np.int64]
+
+TOKEN_BYTES = 16
+NORESERVE = getattr(mmap, "MAPNORESERVE", 0)
+_ALIGN = mmap.PAGESIZE
 
 
 def blocks_in_memory(
@@ -32,70 +39,116 @@ def blocks_in_memory(
     return room // size
 
 
-class Pool:
-    """Keys and values of `layers` layers, each `[blocks, kv_heads, BLOCK_TOKENS, head_dim]`.
+def _tensor_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Of one tensor, up to where the next one begins."""
+    return -(-int(np.prod(shape)) * dtype.itemsize // _ALIGN) * _ALIGN
+
+
+def file_bytes(layers: int, shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Memory of a pool on a CPU: keys and values of each layer, and room for a token."""
+    return 2 * layers * _tensor_bytes(shape, dtype) + TOKEN_BYTES
+
+
+def tensors_in(memory: mmap.mmap, layers: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Keys, values of layer 0, keys, values of layer 1, … in such memory."""
+    count, step = int(np.prod(shape)), _tensor_bytes(shape, dtype)
+    return [
+        torch.frombuffer(memory, dtype=dtype, count=count, offset=i * step).view(shape)
+        for i in range(2 * layers)
+    ]
+
+
+class Pages:
+    """Keys and values of `layers` layers, each `[blocks, kv_heads, BLOCK_TOKENS, head_dim]`: this process's own, or a peer's.
 
     Heads before tokens: what is gathered by block and head is then what attention reads, without a copy.
+    """
 
-    `limit` blocks may be named; memory is taken as they are, by doubling, so that a worker that emulates a large
-    GPU does not hold a large GPU's memory. Growing replaces the tensors and keeps their contents.
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        self.keys, self.values = list(keys), list(values)
+        self.layers, self.device, self.dtype = len(self.keys), keys[0].device, keys[0].dtype
+        self.limit, self.kv_heads, _, self.head_dim = keys[0].shape
+        self.unit = BLOCK_TOKENS * self.head_dim * self.dtype.itemsize  # bytes of one head of one block
+        # Bytes in rows of a whole block, and of one of its heads.
+        pairs = [*zip(self.keys, self.values, strict=True)]
+        self._whole = [[_bytes(t, self.kv_heads * self.unit) for t in pair] for pair in pairs]
+        self._single = [[_bytes(t, self.unit) for t in pair] for pair in pairs]
+
+    def take(self, layer: int, blocks: Ints, heads: range, out: Tensor) -> None:
+        """Copy these heads of these blocks to `out`, bytes `[2, len(blocks), len(heads) × unit]`; keys come first."""
+        tables, index = self._at(layer, blocks, heads)
+        for table, part in zip(tables, out.view(2, len(index), -1), strict=True):
+            if self.device.type == "cpu":
+                # torch's own index_select and index_copy_ are up to ten times slower on bytes.
+                np.take(table.numpy(), index, 0, out=part.numpy(), mode="clip")
+            else:
+                part.copy_(table.index_select(0, torch.from_numpy(index).to(self.device)))
+
+    def put(self, layer: int, blocks: Ints, heads: range, data: Tensor) -> None:
+        """The reverse of `take`."""
+        tables, index = self._at(layer, blocks, heads)
+        for table, part in zip(tables, data.view(2, len(index), -1), strict=True):
+            if self.device.type == "cpu":
+                table.numpy()[index] = part.numpy()
+            else:
+                table.index_copy_(0, torch.from_numpy(index).to(self.device), part.to(self.device))
+
+    def _at(self, layer: int, blocks: Ints, heads: range) -> tuple[list[Tensor], Ints]:
+        if len(heads) == self.kv_heads:
+            return self._whole[layer], blocks
+        return self._single[layer], (blocks[:, None] * self.kv_heads + np.asarray(heads)).reshape(-1)
+
+
+def _bytes(tensor: Tensor, row: int) -> Tensor:
+    return tensor.view(-1).view(torch.uint8).view(-1, row)
+
+
+class Shared(NamedTuple):
+    """Where other processes of this host find a pool's memory: the file `fd` of this process, which ends in `token`."""
+
+    fd: int
+    token: bytes
+
+
+class Pool(Pages):
+    """The KV of one process: `limit` blocks may be named.
+
+    On a CPU memory is taken as it is touched, so that a worker that emulates a large GPU does not hold a large GPU's memory.
+    It begins as zeros, not garbage: attention masks padding by weight 0, and 0 × NaN is NaN. `shared`: other processes of
+    this host may map it.
     """
 
     def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, limit: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        limit: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        shared: bool = False,
     ) -> None:
-        self.layers, self.kv_heads, self.head_dim, self.limit = layers, kv_heads, head_dim, limit
-        self.dtype, self.device = dtype, device
-        # A GPU's memory was measured to find `limit`: it is taken at once.
-        self._blocks = limit if device.type == "cuda" else min(limit, _FIRST_BLOCKS)
-        self.keys = [self._empty(self._blocks) for _ in range(layers)]
-        self.values = [self._empty(self._blocks) for _ in range(layers)]
-
+        shape = (limit, kv_heads, BLOCK_TOKENS, head_dim)
+        self.shared: Shared | None = None
+        if device.type == "cpu":
+            memory = self._memory(file_bytes(layers, shape, dtype), shared)
+            tensors = tensors_in(memory, layers, shape, dtype)
+        else:
+            # A GPU's memory was measured to find `limit`: it is taken at once.
+            tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
+        super().__init__(tensors[0::2], tensors[1::2])
         empty = torch.empty((0, BLOCK_TOKENS, head_dim), dtype=dtype, device=device)
         self._scratch = [empty, empty]
 
-    def _empty(self, blocks: int) -> Tensor:
-        # Zeros, not garbage: attention masks padding by weight 0, and 0 × NaN is NaN.
-        shape = (blocks, self.kv_heads, BLOCK_TOKENS, self.head_dim)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    def reserve(self, blocks: Sequence[int]) -> None:
-        """Have memory for these blocks."""
-        need = max(blocks, default=-1) + 1
-        if need <= self._blocks:
-            return
-        size = self._blocks
-        while size < need:
-            size *= 2
-        size = min(size, self.limit)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                new = self._empty(size)
-                new[: self._blocks] = old
-                tensors[layer] = new
-        self._blocks = size
-
-    def read(self, blocks: Sequence[int]) -> list[Tensor]:
-        """Copies of these blocks on the CPU: keys, values of layer 0, keys, values of layer 1, …"""
-        index = torch.tensor(blocks, device=self.device)
-        parts = []
-        for layer in range(self.layers):
-            parts.append(self.keys[layer].index_select(0, index).cpu())
-            parts.append(self.values[layer].index_select(0, index).cpu())
-        return parts
-
-    def write(self, blocks: Sequence[int], frames: Sequence[memoryview]) -> None:
-        """Fill these blocks with what `read` gave, as bytes. Raises `ValueError` for frames of another size."""
-        self.reserve(blocks)
-        index = torch.tensor(blocks, device=self.device)
-        shape = (len(blocks), self.kv_heads, BLOCK_TOKENS, self.head_dim)
-        size = int(np.prod(shape)) * self.dtype.itemsize
-        if len(frames) != 2 * self.layers or any(len(frame) != size for frame in frames):
-            raise ValueError(f"{len(frames)} KV frames are not {2 * self.layers} of {size} bytes")
-        for layer in range(self.layers):
-            for tensors, frame in ((self.keys, frames[2 * layer]), (self.values, frames[2 * layer + 1])):
-                part = torch.frombuffer(bytearray(frame), dtype=self.dtype).view(shape)
-                tensors[layer].index_copy_(0, index, part.to(self.device))
+    def _memory(self, size: int, shared: bool) -> mmap.mmap:
+        if not shared:
+            return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+        fd, token = os.memfd_create("kv"), secrets.token_bytes(TOKEN_BYTES)
+        os.ftruncate(fd, size)
+        os.pwrite(fd, token, size - TOKEN_BYTES)
+        self.shared = Shared(fd, token)
+        return mmap.mmap(fd, size)
 
     def rows(self, blocks: Ints, offsets: Ints) -> Tensor:
         """Rows of `[blocks × kv_heads × BLOCK_TOKENS, head_dim]` for tokens in these blocks, at these places in them."""

@@ -1,87 +1,364 @@
-"""The decode side of a pull: ask a prefill worker for a prompt's KV, from the event loop."""
+"""The decode side of a pull: `Puller` fetches a hand-off's KV in a thread, `KVClient` asks for it from the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
+import numpy as np
+import torch
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from disaggserve import protocol
-from disaggworker.errors import HandoffGone, NotPaired, PeerLost, TransferError
+from disaggserve.wire import VERSION
+from disaggworker.errors import Corrupted, HandoffGone, NotPaired, PeerLost, TransferError
+from disaggworker.kv.blocks import BLOCK_TOKENS, blocks_for
+from disaggworker.kv.pool import Ints, Pool
+from disaggworker.kv.serve import checksums
+from disaggworker.kv.transport import OneSided, Place, Source, ends, shifted
 
 _ANSWER_S = 10.0  # a prefill worker answers between two polls; longer means that it hangs or is cut off
+_CREDIT = (
+    8  # pieces on their way: enough to keep two processes busy, few enough to stay in a processor's cache
+)
 
 _ERRORS = {"expired": HandoffGone, "pairing": NotPaired, "version": NotPaired, "malformed": TransferError}
+_ENDED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CLOSED
+
+Address = tuple[str, int]
+
+
+def _lost(at: Address) -> PeerLost:
+    return PeerLost(f"The prefill worker at {at[0]}:{at[1]} does not answer on its KV port.")
+
+
+def _dial(context: zmq.Context[Any], at: Address) -> tuple[Any, Any]:
+    """A DEALER socket to a prefill worker, and the socket that tells of its end."""
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    # A worker that is gone refuses the connection or ends it; one that is cut off stops answering heartbeats.
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
+    monitor = socket.get_monitor_socket(_ENDED)
+    socket.connect(f"tcp://{at[0]}:{at[1]}")
+    return socket, monitor
+
+
+def _read(frame: zmq.Frame, at: Address) -> protocol.Answer:
+    """An answer of our version. Raises `TransferError`."""
+    try:
+        answer = protocol.answer(frame.buffer)
+    except msgspec.DecodeError as e:
+        raise TransferError(
+            f"The worker at {at[0]}:{at[1]} answered what is no answer of ours: {e}."
+        ) from None
+    if answer.version != VERSION and not isinstance(answer, protocol.Refused):
+        raise NotPaired(
+            f"The worker at {at[0]}:{at[1]} speaks version {answer.version} of the hand-off, not {VERSION}."
+        )
+    return answer
+
+
+# ------------------------------------------------------------------------------ in a thread
+
+
+@dataclasses.dataclass(frozen=True)
+class Pulled:
+    """What a pull gave."""
+
+    tokens: list[int]  # of the prompt, and of the answer where it goes on
+    ways: frozenset[protocol.Way]
+    kv_bytes: int
+
+
+class _Line:
+    """A connection to one rank of a prefill instance, and what is known of it."""
+
+    def __init__(self, context: zmq.Context[Any], at: Address) -> None:
+        self.at = at
+        self.socket, self.monitor = _dial(context, at)
+        self.lost = False
+        self.source: tuple[protocol.Memory, Source] | None = None  # its memory, where it was opened
+        self.unreachable = False  # its memory is
+
+    def close(self) -> None:
+        if self.source:
+            self.source[1].close()
+        self.socket.disable_monitor()
+        self.socket.close()
+
+
+class _Part:
+    """What one rank of the prefill instance gives to a pull."""
+
+    def __init__(self, line: _Line, ask: int) -> None:
+        self.line, self.ask = line, ask
+        self.granted: protocol.Granted | None = None
+        self.place = Place(range(0), range(0))
+        self.cuts: deque[protocol.Cut] = deque()
+        self.owed = 0  # pieces taken that the server has not been told of
+
+    @property
+    def done(self) -> bool:
+        return self.granted is not None and not self.cuts
+
+
+class Puller:
+    """Pulls into one pool, one hand-off at a time. Used by one thread at a time; it owns its sockets."""
+
+    def __init__(
+        self,
+        pairing_key: str,
+        pool: Pool,
+        place: Place | None = None,
+        *,
+        ways: Sequence[OneSided] = (),
+        checksum: bool = False,
+    ) -> None:
+        """`place`: what the pool is of the model, by default all. `ways`: how it can read by itself, the best first."""
+        self._key, self._pool, self._place = pairing_key, pool, place or Place.whole(pool)
+        self._ways = {way.way: way for way in ways}
+        self._checksum = checksum
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._lines: dict[Address, _Line] = {}
+        self._asks = itertools.count(1)
+        self._dtype = str(pool.dtype).removeprefix("torch.")
+
+    def pull(
+        self, handoff: protocol.Handoff, blocks: Sequence[int], stop: Callable[[], bool] = lambda: False
+    ) -> Pulled:
+        """Fill `blocks`, of this process's pool, with its part of the hand-off's KV. Raises `TransferError`.
+
+        Where `Pulled.ways` holds another way than "zmq" the KV is good only if the hand-off is still held afterwards: ask by
+        `Renew`. When this has returned or raised nothing more is written. `stop` is looked at now and then: true ends the pull.
+        """
+        index = np.asarray(blocks, dtype=np.int64)
+        parts = [self._begin(handoff, (handoff.host, handoff.port + rank)) for rank in range(handoff.ranks)]
+        poller = zmq.Poller()
+        for part in parts:
+            poller.register(part.line.socket, zmq.POLLIN)
+            poller.register(part.line.monitor, zmq.POLLIN)
+        heard_s = time.monotonic()
+        with torch.inference_mode():
+            while not all(part.done for part in parts):
+                ready = dict(poller.poll(100))
+                if stop():
+                    raise TransferError(f"The pull of hand-off {handoff.handoff!r} was given up.")
+                if time.monotonic() - heard_s > _ANSWER_S:
+                    late = next(part.line for part in parts if not part.done)
+                    late.lost = True
+                    raise _lost(late.at)
+                for part in parts:
+                    if part.line.socket in ready and not part.done:
+                        self._take(handoff, part, index)
+                        heard_s = time.monotonic()
+                    elif part.line.monitor in ready:
+                        part.line.lost = True
+                        if not part.done:
+                            raise _lost(part.line.at)
+        return self._whole(handoff, parts)
+
+    def close(self) -> None:
+        """Forget all peers."""
+        for line in self._lines.values():
+            line.close()
+        self._context.destroy(linger=0)
+
+    def _begin(self, handoff: protocol.Handoff, at: Address) -> _Part:
+        line = self._lines.get(at)
+        if line is None or line.lost or line.monitor.poll(0):
+            if line:
+                line.close()
+            line = self._lines[at] = _Line(self._context, at)
+        part = _Part(line, 0)
+        self._ask(handoff, part)
+        return part
+
+    def _ask(self, handoff: protocol.Handoff, part: _Part) -> None:
+        part.ask = next(self._asks)
+        pull = protocol.Pull(
+            ask=part.ask,
+            handoff=handoff.handoff,
+            generation=handoff.generation,
+            pairing_key=self._key,
+            layers=ends(self._place.layers),
+            heads=ends(self._place.heads),
+            ways=[] if part.line.unreachable else list(self._ways),
+            credit=_CREDIT,
+            checksum=self._checksum,
+        )
+        part.line.socket.send(protocol.encode(pull))
+
+    def _take(self, handoff: protocol.Handoff, part: _Part, blocks: Ints) -> None:
+        """One message of a rank."""
+        head, *frames = part.line.socket.recv_multipart(copy=False)
+        answer = _read(head, part.line.at)
+        if answer.ask != part.ask:
+            return None  # of a pull that was given up
+        if isinstance(answer, protocol.Refused):
+            raise _ERRORS[answer.code](answer.reason)
+        if isinstance(answer, protocol.Granted) and part.granted is None:
+            self._check(answer, handoff, len(blocks))
+            part.place = Place(range(*answer.layers), range(*answer.heads))
+            if answer.memory is not None:
+                return self._read_memory(handoff, part, answer, blocks)
+            unit = 2 * len(part.place.heads) * self._pool.unit
+            part.cuts = deque(protocol.pieces(answer.layers, answer.blocks, unit))
+            part.granted = answer
+            return None
+        if isinstance(answer, protocol.Piece) and part.cuts and len(frames) == 1:
+            return self._write(part, answer, frames[0].buffer, blocks)
+        raise TransferError(f"The worker at {part.line.at[0]}:{part.line.at[1]} answered a pull out of turn.")
+
+    def _check(self, granted: protocol.Granted, handoff: protocol.Handoff, blocks: int) -> None:
+        pool = self._pool
+        theirs = (granted.head_dim, granted.block_tokens, granted.dtype, granted.blocks)
+        mine = (pool.head_dim, BLOCK_TOKENS, self._dtype, blocks)
+        inside = self._place.common(granted.layers, granted.heads)
+        if (
+            theirs != mine
+            or (
+                (ends(inside.layers), ends(inside.heads)) != (granted.layers, granted.heads)
+                and granted.layers[0] < granted.layers[1]
+            )
+            or blocks != blocks_for(handoff.kv_tokens)
+            or len(granted.tokens) not in (0, handoff.kv_tokens)
+        ):
+            raise TransferError(
+                f"The prefill worker's KV is {theirs} (head size, tokens a block, dtype, blocks) of layers {granted.layers} and heads "
+                f"{granted.heads}; this worker's is {mine} of layers {ends(self._place.layers)} and heads {ends(self._place.heads)}, "
+                f"for {handoff.kv_tokens} tokens."
+            )
+
+    def _write(self, part: _Part, piece: protocol.Piece, frame: memoryview, blocks: Ints) -> None:
+        cut, heads = part.cuts.popleft(), shifted(part.place.heads, self._place)
+        size = 2 * cut.blocks * len(heads) * self._pool.unit
+        if len(frame) != len(cut.layers) * size:
+            raise TransferError(f"A piece of KV has {len(frame)} bytes, not {len(cut.layers) * size}.")
+        if self._checksum and zlib.crc32(frame) != piece.checksum:
+            raise Corrupted("A piece of KV arrived otherwise than it was sent: its checksum does not fit.")
+        data = torch.frombuffer(frame, dtype=torch.uint8).view(len(cut.layers), size)
+        at = blocks[cut.first : cut.first + cut.blocks]
+        for layer, bytes_ in zip(cut.layers, data, strict=True):
+            self._pool.put(layer - self._place.layers.start, at, heads, bytes_)
+        part.owed += 1
+        if part.owed >= _CREDIT // 2 and len(part.cuts) > _CREDIT - part.owed:
+            part.line.socket.send(protocol.encode(protocol.More(ask=part.ask, credit=part.owed)))
+            part.owed = 0
+
+    def _read_memory(
+        self,
+        handoff: protocol.Handoff,
+        part: _Part,
+        granted: protocol.Granted,
+        blocks: Ints,
+    ) -> None:
+        line, memory = part.line, granted.memory
+        assert memory is not None
+        if len(granted.ids) != granted.blocks or not all(0 <= i < memory.blocks for i in granted.ids):
+            raise TransferError("The prefill worker named blocks that its memory does not have.")
+        if line.source is None or line.source[0] != memory:
+            if line.source:
+                line.source[1].close()
+                line.source = None
+            try:
+                line.source = memory, self._ways[granted.way].open(memory, self._pool, self._place)
+            except (KeyError, TransferError):
+                line.unreachable = True
+                return self._ask(handoff, part)  # again, in pieces
+        if part.place.layers:
+            line.source[1].read(np.asarray(granted.ids, dtype=np.int64), blocks, part.place)
+        if self._checksum and checksums(self._pool, self._place, part.place, blocks) != granted.sums:
+            raise Corrupted("KV was read otherwise than it was held: its checksum does not fit.")
+        part.granted = granted
+        return None
+
+    def _whole(self, handoff: protocol.Handoff, parts: list[_Part]) -> Pulled:
+        """All of it is there. Raises `TransferError`."""
+        if self._pool.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        cells = {(layer, head) for part in parts for layer in part.place.layers for head in part.place.heads}
+        whole = len(self._place.layers) * len(self._place.heads)
+        if len(cells) != whole:
+            raise TransferError(
+                f"The prefill instance holds {len(cells)} of the {whole} layers × KV heads that are needed."
+            )
+        granted = [part.granted for part in parts if part.granted]
+        tokens = next((answer.tokens for answer in granted if answer.tokens), [])
+        if len(tokens) != handoff.kv_tokens:
+            raise TransferError("The prefill instance did not say which tokens its KV is of.")
+        kv_bytes = sum(
+            2 * len(p.place.layers) * len(p.place.heads) * answer.blocks * self._pool.unit
+            for p, answer in zip(parts, granted, strict=True)
+        )
+        return Pulled(
+            tokens, frozenset(a.way for p, a in zip(parts, granted, strict=True) if p.place.layers), kv_bytes
+        )
+
+
+# ------------------------------------------------------------------------------ on the event loop
 
 
 class _Peer:
-    """A DEALER socket to one prefill worker, and the questions that it has not answered."""
+    """A DEALER socket to the first rank of a prefill instance, and the questions that it has not answered."""
 
-    def __init__(self, context: zmq.asyncio.Context, host: str, port: int) -> None:
-        self.name = f"{host}:{port}"
-        self.open: dict[int, asyncio.Future[tuple[protocol.Answer, list[zmq.Frame]]]] = {}
+    def __init__(self, context: zmq.asyncio.Context, at: Address) -> None:
+        self.at = at
+        self.open: dict[int, asyncio.Future[protocol.Answer]] = {}
         self.lost = False
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        # A worker that is gone refuses the connection or ends it; one that is cut off stops answering heartbeats.
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
-        self._monitor = self._socket.get_monitor_socket(
-            zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CLOSED
-        )
-        self._socket.connect(f"tcp://{host}:{port}")
+        self._socket, self._monitor = _dial(context, at)
         self._tasks = [asyncio.ensure_future(self._listen()), asyncio.ensure_future(self._watch())]
 
-    async def ask(self, question: protocol.Question) -> tuple[protocol.Answer, list[zmq.Frame]]:
-        """The answer and its raw frames. Raises `TransferError`."""
+    async def ask(self, question: protocol.Renew | protocol.Release) -> None:
+        """Returns when it was granted. Raises `TransferError`."""
         if self.lost:
-            raise self._gone()
-        future: asyncio.Future[tuple[protocol.Answer, list[zmq.Frame]]] = (
-            asyncio.get_running_loop().create_future()
-        )
+            raise _lost(self.at)
+        future: asyncio.Future[protocol.Answer] = asyncio.get_running_loop().create_future()
         self.open[question.ask] = future
         try:
             await self._socket.send(protocol.encode(question))
-            answer, frames = await asyncio.wait_for(future, _ANSWER_S)
+            answer = await asyncio.wait_for(future, _ANSWER_S)
         except TimeoutError:
             self.lose()
-            raise self._gone() from None
+            raise _lost(self.at) from None
         finally:
             self.open.pop(question.ask, None)
         if isinstance(answer, protocol.Refused):
             raise _ERRORS[answer.code](answer.reason)
-        return answer, frames
 
     async def _listen(self) -> None:
         while True:
-            head, *frames = await self._socket.recv_multipart(copy=False)
+            head, *_ = await self._socket.recv_multipart(copy=False)
             try:
-                answer = protocol.answer(head.bytes)
-            except msgspec.DecodeError:
+                answer = _read(head, self.at)
+            except TransferError:
                 return self.lose()
             future = self.open.get(answer.ask)
             if future and not future.done():
-                future.set_result((answer, frames))
+                future.set_result(answer)
 
     async def _watch(self) -> None:
         await recv_monitor_message(self._monitor)
         self.lose()
-
-    def _gone(self) -> PeerLost:
-        return PeerLost(f"The prefill worker at {self.name} does not answer on its KV port.")
 
     def lose(self) -> None:
         """Fail what is open; the next question needs a new peer."""
         self.lost = True
         for future in self.open.values():
             if not future.done():
-                future.set_exception(self._gone())
+                future.set_exception(_lost(self.at))
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -94,13 +371,15 @@ class _Peer:
 
 
 class KVClient:
-    """Asks prefill workers. One per decode worker, used on one event loop."""
+    """Asks prefill instances. One per decode worker, used on one event loop; `pull` needs a puller first."""
 
     def __init__(self, pairing_key: str) -> None:
         self._key = pairing_key
+        self.puller: Puller | None = None
         self._context = zmq.asyncio.Context()
-        self._peers: dict[tuple[str, int], _Peer] = {}
+        self._peers: dict[Address, _Peer] = {}
         self._numbers = itertools.count(1)
+        self._thread = ThreadPoolExecutor(1, "pull", initializer=lambda: torch.set_num_threads(1))
 
     async def renew(self, handoff: protocol.Handoff) -> None:
         """Keep the hand-off for another lease. Raises `TransferError`."""
@@ -110,26 +389,43 @@ class KVClient:
         """Give the hand-off up. Raises `TransferError`."""
         await self._ask(protocol.Release, handoff)
 
-    async def pull(self, handoff: protocol.Handoff) -> tuple[protocol.Layout, list[memoryview]]:
-        """The hand-off's KV. Raises `TransferError`."""
-        answer, frames = await self._ask(protocol.Pull, handoff)
-        if not isinstance(answer, protocol.Layout):
-            raise TransferError(
-                f"The prefill worker at {handoff.host}:{handoff.port} answered a pull without KV."
-            )
-        return answer, [frame.buffer for frame in frames]
+    async def pull(self, handoff: protocol.Handoff, blocks: Sequence[int]) -> Pulled:
+        """Fill these blocks with the hand-off's KV; afterwards, however it ends, nothing writes to them. Raises `TransferError`."""
+        assert self.puller is not None
+        stop = threading.Event()
+        work = asyncio.get_running_loop().run_in_executor(
+            self._thread, self.puller.pull, handoff, blocks, stop.is_set
+        )
+        try:
+            pulled = await asyncio.shield(work)
+        except asyncio.CancelledError:
+            stop.set()
+            while not work.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([work])
+            with contextlib.suppress(TransferError):
+                work.result()
+            raise
+        if pulled.ways != {"zmq"}:
+            await self.renew(handoff)  # still held: so it was, all the while that it was read
+        return pulled
 
     async def close(self) -> None:
         """Forget all peers."""
         for peer in self._peers.values():
             await peer.close()
         self._context.destroy(linger=0)
+        if self.puller:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self.puller.close)
+        self._thread.shutdown()
 
-    async def _ask(self, kind: Any, handoff: protocol.Handoff) -> tuple[protocol.Answer, list[zmq.Frame]]:
+    async def _ask(
+        self, kind: type[protocol.Renew] | type[protocol.Release], handoff: protocol.Handoff
+    ) -> None:
         at = (handoff.host, handoff.port)
         peer = self._peers.get(at)
         if peer is None or peer.lost:
-            old, peer = peer, _Peer(self._context, *at)
+            old, peer = peer, _Peer(self._context, at)
             self._peers[at] = peer
             if old:
                 await old.close()
@@ -139,4 +435,4 @@ class KVClient:
             generation=handoff.generation,
             pairing_key=self._key,
         )
-        return await peer.ask(question)
+        await peer.ask(question)

@@ -1,10 +1,12 @@
-"""The prefill side of a pull: leases on finished prompts' KV, and the thread that answers for them."""
+"""The prefill side of a pull: the thread that answers for held hand-offs, and sends their KV piece by piece."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import threading
 import time
+import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -15,40 +17,71 @@ from disaggserve import protocol
 from disaggserve.wire import VERSION
 from disaggworker.errors import StartError
 from disaggworker.kv.blocks import BLOCK_TOKENS
-from disaggworker.kv.pool import Pool
+from disaggworker.kv.leases import Lease, Leases
+from disaggworker.kv.pool import Ints, Pool
+from disaggworker.kv.transport import OneSided, Place, ends, shifted
 
-_TICK_MS = 500  # how late the end of a lease may be noticed
+_TICK_S = 0.1  # how late the end of a lease may be noticed
+_EARLY_S = 2.0  # how long a rank waits for rank 0's word of a hand-off that is pulled before it
+_LONGEST_QUESTION = 1 << 16  # bytes
+_MOST_CREDIT = 64  # pieces; more that a puller asks for are not sent at once
 
 
-@dataclasses.dataclass(eq=False)
-class Lease:
-    """KV that waits to be pulled, and until when (monotonic)."""
+class _Sending:
+    """A pull that is answered in pieces."""
 
-    generation: int
-    blocks: Sequence[int]
-    tokens: list[int]
-    free: Callable[[], None]
-    until_s: float
+    def __init__(self, peer: bytes, ask: protocol.Pull, place: Place, cuts: Sequence[protocol.Cut]) -> None:
+        self.peer, self.ask, self.place = peer, ask, place
+        self.cuts = deque(cuts)
+        self.credit = min(ask.credit, _MOST_CREDIT)
+        # What was sent `credit` pieces ago has arrived: its memory is used again.
+        self._buffers: deque[torch.Tensor] = deque()
+        self._width = self.credit
+
+    def buffer(self, size: int) -> torch.Tensor:
+        """Memory for a piece."""
+        if len(self._buffers) == self._width and len(self._buffers[0]) >= size:
+            buffer = self._buffers.popleft()
+        else:
+            buffer = torch.empty(size, dtype=torch.uint8)
+        self._buffers.append(buffer)
+        return buffer[:size]
 
 
 class KVServer:
-    """A ROUTER socket on `host:port` and the leases behind it.
+    """A ROUTER socket on `host:port` and the hand-offs behind it.
 
-    It reads blocks that the engine wrote and will not write again before `free` is called; it never frees blocks that
-    are being read, because reading and the end of a lease happen in one thread.
+    It reads blocks that the engine wrote and will not write again before `free` is called; it never frees blocks that are
+    being read (`Leases.reading`). Rank 0 of an instance counts the leases; on the others (`follows`) a hand-off is held until
+    rank 0 says `drop`, which it says before any step that writes the blocks anew.
     """
 
-    def __init__(self, host: str, port: int, pairing_key: str, lease_s: float) -> None:
-        """Binds at once; `serve` starts to answer. Raises `StartError`."""
-        self._key, self._lease_s = pairing_key, lease_s
-        self._leases: dict[str, Lease] = {}
-        self._lock = threading.Lock()
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        pairing_key: str,
+        lease_s: float,
+        *,
+        follows: bool = False,
+        ways: Sequence[OneSided] = (),
+    ) -> None:
+        """Binds at once; `serve` starts to answer. `ways`: what it offers beside pieces. Raises `StartError`."""
+        self._key, self._follows = pairing_key, follows
+        self.leases = Leases(math.inf if follows else lease_s)
+        self.late = 0  # pulls of hand-offs that are held no longer
+        self._ways = {way.way: way for way in ways}
+        self._memories: dict[protocol.Way, protocol.Memory | None] = {}
+        self._sendings: dict[tuple[bytes, int], _Sending] = {}
+        self._early: list[tuple[float, bytes, protocol.Pull]] = []
         self._pool: Pool | None = None
         self._closed = threading.Event()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _LONGEST_QUESTION)
         try:
             self._socket.bind(f"tcp://{host}:{port}")
         except zmq.ZMQError as e:
@@ -58,17 +91,17 @@ class KVServer:
     @property
     def leased(self) -> int:
         """Hand-offs that wait to be pulled."""
-        return len(self._leases)
+        return len(self.leases)
 
     @property
     def leased_blocks(self) -> int:
         """Blocks that they hold."""
-        with self._lock:
-            return sum(len(lease.blocks) for lease in self._leases.values())
+        return self.leases.blocks
 
-    def serve(self, pool: Pool) -> None:
-        """Answer from now on."""
-        self._pool = pool
+    def serve(self, pool: Pool, place: Place | None = None) -> None:
+        """Answer from now on, for what `place` says the pool is of the model; by default all of it."""
+        self._pool, self._place = pool, place or Place.whole(pool)
+        self._memories = {name: way.offer(pool, self._place) for name, way in self._ways.items()}
         self._thread.start()
 
     def hold(
@@ -80,15 +113,11 @@ class KVServer:
         free: Callable[[], None],
     ) -> None:
         """Keep these blocks until they are released or the lease ends, then call `free` once."""
-        with self._lock:
-            self._leases[handoff] = Lease(generation, blocks, tokens, free, time.monotonic() + self._lease_s)
+        self.leases.hold(handoff, generation, blocks, tokens, free, time.monotonic())
 
     def drop(self, handoff: str) -> None:
-        """End a lease now, if it still runs."""
-        with self._lock:
-            lease = self._leases.pop(handoff, None)
-        if lease:
-            lease.free()
+        """End a lease now, if it still runs; when this returns nobody reads its blocks."""
+        self.leases.drop(handoff)
 
     def close(self) -> None:
         """Stop answering."""
@@ -98,64 +127,143 @@ class KVServer:
         self._socket.close()
         self._context.term()
 
+    # ------------------------------------------------------------------------------ in the thread
+
     def _run(self) -> None:
         torch.set_num_threads(1)
-        while not self._closed.is_set():
-            if self._socket.poll(_TICK_MS):
-                peer, *frames = self._socket.recv_multipart()
-                self._socket.send_multipart([peer, *self._answer(frames)], copy=False)
-            self._expire(time.monotonic())
+        with torch.inference_mode():
+            while not self._closed.is_set():
+                busy = any(sending.credit for sending in self._sendings.values())
+                # A rank is told of a hand-off within microseconds of its answer: looking often is looking seldom.
+                wait_s = 0.0 if busy else 0.001 if self._early else _TICK_S
+                if self._socket.poll(int(1000 * wait_s)):
+                    self._hear()
+                for sending in list(self._sendings.values()):
+                    if sending.credit:
+                        self._send_piece(sending)
+                now = time.monotonic()
+                self._retry(now)
+                self.leases.expire(now)
 
-    def _expire(self, now: float) -> None:
-        with self._lock:
-            ended = [name for name, lease in self._leases.items() if lease.until_s < now]
-        for name in ended:
-            self.drop(name)
-
-    def _answer(self, frames: list[bytes]) -> list[bytes | memoryview]:
+    def _hear(self) -> None:
+        peer, *frames = self._socket.recv_multipart()
         try:
             ask = protocol.question(frames[0])
         except (msgspec.DecodeError, IndexError) as e:
-            refused = protocol.Refused(ask=-1, code="malformed", reason=f"This is no question of ours: {e}.")
-            return [protocol.encode(refused)]
-        if refusal := self._refusal(ask):
-            return [protocol.encode(refusal)]
-        if isinstance(ask, protocol.Release):
-            self.drop(ask.handoff)
-            return [protocol.encode(protocol.Done(ask=ask.ask))]
-        with self._lock:
-            lease = self._leases[ask.handoff]
-            lease.until_s = time.monotonic() + self._lease_s
-        if isinstance(ask, protocol.Renew):
-            return [protocol.encode(protocol.Done(ask=ask.ask))]
-        return self._payload(ask, lease)
-
-    def _refusal(self, ask: protocol.Question) -> protocol.Refused | None:
+            return self._refuse(peer, -1, "malformed", f"This is no question of ours: {e}.")
+        if isinstance(ask, protocol.More):
+            if sending := self._sendings.get((peer, ask.ask)):
+                sending.credit = max(0, min(sending.credit + ask.credit, _MOST_CREDIT))
+            return None
         if ask.version != VERSION:
             reason = f"This worker speaks version {VERSION} of the hand-off, not {ask.version}."
-            return protocol.Refused(ask=ask.ask, code="version", reason=reason)
+            return self._refuse(peer, ask.ask, "version", reason)
         if ask.pairing_key != self._key:
             reason = f"The prefill worker's pairing key is {self._key!r}, not {ask.pairing_key!r}."
-            return protocol.Refused(ask=ask.ask, code="pairing", reason=reason)
-        with self._lock:
-            lease = self._leases.get(ask.handoff)
-        if lease is None or lease.generation != ask.generation:
-            reason = f"The prefill worker no longer holds hand-off {ask.handoff!r}: its lease of {self._lease_s:g} s ended, or it was released."
-            return protocol.Refused(ask=ask.ask, code="expired", reason=reason)
-        return None
+            return self._refuse(peer, ask.ask, "pairing", reason)
+        if isinstance(ask, protocol.Pull):
+            return self._grant(peer, ask, time.monotonic() + _EARLY_S if self._follows else 0.0)
+        if not self.leases.renew(ask.handoff, ask.generation, time.monotonic()):
+            return self._gone(peer, ask)
+        if isinstance(ask, protocol.Release):
+            self.drop(ask.handoff)
+        return self._send(peer, protocol.Done(ask=ask.ask))
 
-    def _payload(self, ask: protocol.Pull, lease: Lease) -> list[bytes | memoryview]:
+    def _retry(self, now: float) -> None:
+        early, self._early = self._early, []
+        for until_s, peer, ask in early:
+            self._grant(peer, ask, until_s if now < until_s else 0.0)
+
+    def _grant(self, peer: bytes, ask: protocol.Pull, wait_until_s: float) -> None:
+        """Answer a pull; ask again later where rank 0 may still have to speak."""
+        if ask.credit < 1:
+            return self._refuse(
+                peer, ask.ask, "malformed", f"credit is {ask.credit}; at least 1 piece is sent."
+            )
         pool = self._pool
         assert pool is not None
-        layout = protocol.Layout(
+        place = self._place.common(ask.layers, ask.heads)
+        way = next((name for name in ask.ways if self._memories.get(name)), None)
+        sums: list[int] = []
+        self.leases.renew(ask.handoff, ask.generation, time.monotonic())
+        with self.leases.reading(ask.handoff, ask.generation) as lease:
+            if lease is not None and way and ask.checksum:
+                sums = checksums(pool, self._place, place, lease.blocks)
+        if lease is None:
+            if wait_until_s:
+                return self._early.append((wait_until_s, peer, ask))
+            self.late += 1
+            return self._gone(peer, ask)
+        granted = protocol.Granted(
             ask=ask.ask,
+            way=way or "zmq",
             tokens=lease.tokens,
-            layers=pool.layers,
+            layers=ends(place.layers),
+            heads=ends(place.heads),
             blocks=len(lease.blocks),
             block_tokens=BLOCK_TOKENS,
-            kv_heads=pool.kv_heads,
             head_dim=pool.head_dim,
             dtype=str(pool.dtype).removeprefix("torch."),
+            memory=self._memories[way] if way else None,
+            ids=lease.blocks.tolist() if way else [],
+            sums=sums,
         )
-        raw = [part.view(torch.uint8).numpy().reshape(-1).data for part in pool.read(lease.blocks)]
-        return [protocol.encode(layout), *raw]
+        self._send(peer, granted)
+        if not way:
+            cuts = [*protocol.pieces(granted.layers, granted.blocks, 2 * len(place.heads) * pool.unit)]
+            if cuts:
+                self._sendings[peer, ask.ask] = _Sending(peer, ask, place, cuts)
+        return None
+
+    def _send_piece(self, sending: _Sending) -> None:
+        ask, cut = sending.ask, sending.cuts[0]
+        with self.leases.reading(ask.handoff, ask.generation) as lease:
+            frame = self._gathered(sending, cut, lease) if lease else None
+        if frame is None:
+            del self._sendings[sending.peer, ask.ask]
+            return self._gone(sending.peer, ask)
+        sending.credit -= 1
+        sending.cuts.popleft()
+        if not sending.cuts:
+            del self._sendings[sending.peer, ask.ask]
+        checksum = zlib.crc32(frame) if ask.checksum else None
+        return self._send(sending.peer, protocol.Piece(ask=ask.ask, checksum=checksum), frame)
+
+    def _gathered(self, sending: _Sending, cut: protocol.Cut, lease: Lease) -> memoryview:
+        pool, place = self._pool, self._place
+        assert pool is not None
+        heads = shifted(sending.place.heads, place)
+        size = 2 * cut.blocks * len(heads) * pool.unit
+        buffer = sending.buffer(len(cut.layers) * size)
+        blocks = lease.blocks[cut.first : cut.first + cut.blocks]
+        for layer, part in zip(cut.layers, buffer.view(len(cut.layers), size), strict=True):
+            pool.take(layer - place.layers.start, blocks, heads, part)
+        return buffer.numpy().data
+
+    def _gone(self, peer: bytes, ask: protocol.Renew | protocol.Pull | protocol.Release) -> None:
+        reason = (
+            f"The prefill worker no longer holds hand-off {ask.handoff!r}: its lease "
+            f"{'' if self._follows else f'of {self.leases.lease_s:g} s '}ended, or it was released."
+        )
+        self._refuse(peer, ask.ask, "expired", reason)
+
+    def _refuse(self, peer: bytes, ask: int, code: protocol.RefusalCode, reason: str) -> None:
+        self._send(peer, protocol.Refused(ask=ask, code=code, reason=reason))
+
+    def _send(self, peer: bytes, message: protocol.Answer, *frames: memoryview) -> None:
+        try:
+            self._socket.send_multipart([peer, protocol.encode(message), *frames], copy=False)
+        except zmq.ZMQError:
+            # The puller is gone. Its hand-off stays for the rest of the lease: somebody may pull it again.
+            for key in [key for key in self._sendings if key[0] == peer]:
+                del self._sendings[key]
+
+
+def checksums(pool: Pool, held: Place, place: Place, blocks: Ints) -> list[int]:
+    """zlib.crc32 of each layer's keys and values, as one frame `[2, blocks, heads, block_tokens, head_dim]`."""
+    buffer = torch.empty(2 * len(blocks) * len(place.heads) * pool.unit, dtype=torch.uint8)
+    sums = []
+    for layer in place.layers:
+        pool.take(layer - held.layers.start, blocks, shifted(place.heads, held), buffer)
+        sums.append(zlib.crc32(buffer.numpy().data))
+    return sums

@@ -48,7 +48,6 @@ class Inside:
         total = min(max(map(_needed, grid)), blocks_in_memory(*shape, model.dtype, model.device))
         with torch.inference_mode():
             pool = Pool(*shape, total, model.dtype, model.device)
-            pool.reserve(range(total))
             for tensor in (*pool.keys, *pool.values):
                 # Decode reads what nothing was prefilled into: memory that was never written may be one page of zeros.
                 tensor.normal_()

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from disaggserve.dispatch import choose_decode, choose_prefill, until_first_token
 from disaggserve.protocol import Load
-from disaggworker.router.prefixes import Prefix, Prefixes
+from disaggworker.router.prefixes import Prefixes
 from disaggworker.router.request import Request
 
 Role = Literal["prefill", "decode"]
@@ -91,10 +91,10 @@ class Instance:
         """Slow start: caches, connections and compiled code of a new one are cold, and whether it works is to be seen."""
         return self.answered >= WARM_AFTER or self.in_flight <= self.answered
 
-    def uncached_tokens(self, prefix: Prefix, tokens: int) -> int:
-        """Of a prompt of so many tokens."""
-        known = self.prefixes.known_tokens(prefix) if self.caches else 0
-        return max(0, tokens - known)
+    def uncached_tokens(self, request: Request) -> int:
+        """Of its prompt, as far as the router knows: at least the last one is computed."""
+        known = self.prefixes.known_tokens(request.prefix) if self.caches else 0
+        return max(1, request.input_tokens - known)
 
     def __repr__(self) -> str:
         return f"{self.seen.role} {self.seen.name} at {self.seen.url}"
@@ -173,14 +173,14 @@ class Fleet:
         found = _preferred(i for i in self._admitting("prefill", now_s) if i.seen.pairing_key in keys)
         if not found:
             return None
-        tokens = [i.all_queued_tokens for i in found]
-        if request is not None and len(request.prefix):
-            own = [i.uncached_tokens(request.prefix, request.input_tokens) for i in found]
-            tokens = until_first_token(tokens, own)
-        chosen = found[choose_prefill(tokens)]
-        if request is not None:
-            chosen.prefixes.note(request.prefix)
-        return chosen
+        queued = [i.all_queued_tokens for i in found]
+        if request is None:
+            return found[choose_prefill(queued)]
+        uncached = [i.uncached_tokens(request) for i in found]
+        k = choose_prefill(until_first_token(queued, uncached))
+        request.uncached_tokens = uncached[k]
+        found[k].prefixes.note(request.prefix)
+        return found[k]
 
     def decode(self, pairing_key: str, now_s: float) -> Instance | None:
         """The least loaded by KV tokens, of this pairing key.

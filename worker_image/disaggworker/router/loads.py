@@ -14,6 +14,7 @@ import msgspec
 
 from disaggserve.protocol import Load
 from disaggserve.wire import VERSION
+from disaggworker.router import vllm
 from disaggworker.router.fleet import Fleet, Instance
 from disaggworker.router.upstream import Broken, UpstreamError, Upstreams
 
@@ -51,6 +52,9 @@ class Loads:
 
     async def _listen(self, instance: Instance) -> None:
         backoff_s = _BACKOFF_FIRST_S
+        if instance.seen.engine == vllm.NAME:
+            instance.lost = False  # its /load is another
+            return
         while True:
             before = instance.others
             try:
@@ -89,6 +93,8 @@ class Loads:
                     return False
                 if reply.status != 200:
                     raise Broken(f"it answered {reply.status}")
+                if reply.headers.get(b"content-type") != b"application/x-ndjson":
+                    return False  # vLLM has something else behind a door of this name
                 try:
                     await reply.stream(take)
                 except _OtherVersion:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -28,6 +29,9 @@ def run(argv: list[str]) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    # What is loaded by now stays: no collection need walk it again (60,000 objects), while every stream waits.
+    gc.collect()
+    gc.freeze()
     try:
         uvloop.run(_serve(config))
     except OSError as error:

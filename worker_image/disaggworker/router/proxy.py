@@ -251,7 +251,7 @@ class Exchange:
         elif self._seed is not None:
             resume = Resume(answered=self._answered, seed=self._seed)
         instance = await self._proxy.admission.prefill(request)
-        hold = Hold(instance, queued_tokens=request.input_tokens + len(self._answered))
+        hold = Hold(instance, queued_tokens=request.uncached_tokens + len(self._answered))
         params: dict[str, Any] = {}
         try:
             if instance.seen.engine == vllm.NAME:
@@ -457,6 +457,8 @@ class Exchange:
         prefill, request = lease.instance, self._request
         key, answered_s = prefill.seen.pairing_key, self._clock()
         body = vllm.for_decode(request.body, params)
+        # A stream shows its first token; an answer in one piece says at its end when that was.
+        until_s = answered_s + vllm.LATE_S if request.stream else None
         while True:
             if vllm.late(self._clock() - answered_s):
                 raise Lost(None, f"no decode instance took the request before {prefill} let go of its KV")
@@ -466,12 +468,14 @@ class Exchange:
             hold = Hold(instance, kv_tokens=request.input_tokens + 1)
             sent_s = self._clock()
             try:
-                with contextlib.closing(await self._post(instance, body)) as reply:
-                    if reply.status != 200:
-                        self._judge(instance, reply.status, await reply.read())
-                    if request.stream:
-                        return await self._vllm_stream(lease, hold, reply, answered_s)
-                    data = await reply.read()
+                async with asyncio.timeout_at(until_s) as patience:
+                    # Once: what it has fetched is gone from prefill, and asking again would be too late.
+                    with contextlib.closing(await self._post(instance, body, once=True)) as reply:
+                        if reply.status != 200:
+                            self._judge(instance, reply.status, await reply.read())
+                        if request.stream:
+                            return await self._vllm_stream(lease, hold, reply, patience)
+                        data = await reply.read()
                 try:
                     answer = msgspec.json.decode(data)
                     self._tokens = int(answer["usage"]["completion_tokens"])
@@ -480,6 +484,8 @@ class Exchange:
                     raise Lost(
                         instance, f"{instance} answered without usage: {error!r}", answered=True
                     ) from error
+                if vllm.aborted(answer):
+                    raise Lost(instance, f"{instance} is ending, and let go of the request", answered=True)
                 self._last_s = self._clock()
                 # One that does not say when its first token came may have had it as late as its last.
                 self._first_s = self._last_s if own_s is None else sent_s + own_s
@@ -495,22 +501,21 @@ class Exchange:
                 self._fault(instance)
             except UpstreamError as error:
                 raise Lost(instance, f"{instance} failed: {error}") from error
+            except TimeoutError as error:
+                why = f"{instance} gave no token before {prefill} let go of its KV"
+                raise Lost(instance, why, answered=True) from error
             finally:
                 hold.end()
 
     async def _vllm_stream(
-        self, lease: Hold, hold: Hold, reply: Reply, answered_s: float
+        self, lease: Hold, hold: Hold, reply: Reply, patience: asyncio.Timeout
     ) -> web.StreamResponse:
-        """The headers come before the pull, and say nothing; the first token does."""
+        """The headers come before the pull, and say nothing; the first token does, for which there is so much patience."""
         instance = hold.instance
         stream, begun = vllm.Frames(keep_usage=self._request.include_usage), b""
-        try:
-            async with asyncio.timeout_at(answered_s + vllm.LATE_S):
-                while not stream.begun and stream.error is None and (piece := await reply.piece()):
-                    begun += stream.feed(piece)
-        except TimeoutError as error:
-            why = f"{instance} gave no token before {lease.instance} let go of its KV"
-            raise Lost(instance, why, answered=True) from error
+        while not stream.begun and stream.error is None and (piece := await reply.piece()):
+            begun += stream.feed(piece)
+        patience.reschedule(None)
         if not stream.begun:
             said = (stream.error or b"nothing")[:200].decode("utf-8", "replace")
             raise Lost(instance, f"{instance} answered no token but {said}", answered=True)
@@ -528,9 +533,9 @@ class Exchange:
 
     # ------------------------------------------------------------------------------------- wires
 
-    async def _post(self, instance: Instance, body: bytes) -> Reply:
+    async def _post(self, instance: Instance, body: bytes, *, once: bool = False) -> Reply:
         path = "/v1/chat/completions" if self._request.chat else "/v1/completions"
-        return await self._proxy.upstreams.post(instance.seen.url, path, body, self._request.id)
+        return await self._proxy.upstreams.post(instance.seen.url, path, body, self._request.id, once=once)
 
     def _judge(self, instance: Instance, status: int, body: bytes) -> None:
         """Raises Lost for what another instance may do better, Passed for what is the request's own fault."""

@@ -5,10 +5,11 @@ Only what the router itself must know is judged here; the rest is the instances'
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import uuid
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -17,6 +18,7 @@ from disaggworker.router.errors import UnknownModel, WrongRequest
 from disaggworker.router.prefixes import Prefix, prefix
 
 _BYTES_PER_TOKEN = 4  # of English text under the usual tokenizers; only until prefill has counted
+_TokenIds = Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(min_length=1)]
 _MARGIN = 64  # levels of nesting: bodies are written and read again below more frames than here
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -32,6 +34,7 @@ class Request:
         "input_tokens",
         "prefix",
         "stream",
+        "uncached_tokens",
         "wants_token_ids",
     )
 
@@ -53,6 +56,7 @@ class Request:
         self.wants_token_ids = _flag(body, "return_token_ids")
         self.chat, self.id, self.body = chat, id, body
         self.input_tokens, self.prefix = _messages(body) if chat else _prompt(body)
+        self.uncached_tokens = self.input_tokens  # on the prefill instance that is chosen
 
     def for_prefill(self, resume: Resume | None = None) -> bytes:
         """The same prompt for one token, its KV kept. The client's own limits ride in the params: prefill must know
@@ -149,8 +153,9 @@ def _prompt(body: dict[str, Any]) -> tuple[int, Prefix]:
     if isinstance(prompt, str):
         text = prompt.encode()
         return _guess(text), prefix(text)
-    if isinstance(prompt, list) and prompt and all(type(t) is int and t >= 0 for t in prompt):
-        return len(prompt), prefix(prompt)
+    with contextlib.suppress(msgspec.ValidationError):
+        tokens = msgspec.convert(prompt, _TokenIds)
+        return len(tokens), prefix(tokens)
     raise WrongRequest("prompt must be one string or one list of token ids", "prompt")
 
 

@@ -292,22 +292,23 @@ class Upstreams:
         """As `post`."""
         return await self._ask(url, f"GET {path} HTTP/1.1\r\n{self._headers(url)}\r\n".encode())
 
-    async def post(self, url: str, path: str, body: bytes, id: str = "") -> Reply:
+    async def post(self, url: str, path: str, body: bytes, id: str = "", *, once: bool = False) -> Reply:
         """The answer, as soon as its status is known. Raises UpstreamError.
 
-        `id` and `path` must be fit for a header; they are the caller's to check.
+        `id` and `path` must be fit for a header; they are the caller's to check. `once`: what must not come twice is not sent
+        again on a new connection when a kept one breaks.
         """
         head = (
             f"POST {path} HTTP/1.1\r\n{self._headers(url)}Content-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nX-Request-Id: {id}\r\n\r\n"
         )
-        return await self._ask(url, head.encode() + body)
+        return await self._ask(url, head.encode() + body, once=once)
 
     def _headers(self, url: str) -> str:
         host = url.removeprefix("http://")
         return f"Host: {host}\r\nAccept-Encoding: identity\r\nX-Router: {self._named}\r\n"
 
-    async def _ask(self, url: str, request: bytes) -> Reply:
+    async def _ask(self, url: str, request: bytes, *, once: bool = False) -> Reply:
         while True:
             connection = self._take(url)
             used = connection is not None
@@ -317,7 +318,7 @@ class Upstreams:
                 await reply.head()
                 return reply
             except Broken:
-                if used and not connection.heard:
+                if used and not connection.heard and not once:
                     continue  # it was closed while nobody used it: that says nothing about the instance
                 raise
             except BaseException:

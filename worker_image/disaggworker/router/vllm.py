@@ -1,5 +1,5 @@
 """vLLM's dialect of the hand-off (NixlConnector; measured on 0.32, REFERENCE § 7): what goes to prefill, what to decode, and
-what must never be believed.
+what must never be believed. A server that drains takes nothing new, and says so with HTTP 200 and no token (`aborted`).
 
 Prefill answers with one token, which is dropped, and with `kv_transfer_params`, which are copied whole; decode's first token
 is the user's first. Two things would end in wrong tokens or in a dead server, and are kept from happening here:
@@ -88,6 +88,11 @@ def first_token_s(answer: dict[str, Any]) -> float | None:
     return said / 1e3 if isinstance(said, int | float) else None
 
 
+def aborted(answer: dict[str, Any]) -> bool:
+    """Whether a server that ends has let go of the request: HTTP 200, and no or not all of its tokens."""
+    return any(choice.get("finish_reason") == "abort" for choice in answer.get("choices") or ())
+
+
 class Frames:
     """A decode's stream on its way through: told apart, counted, and without the usage that only the router asked for."""
 
@@ -117,6 +122,9 @@ class Frames:
             self._count(frame)
             if not self._keep_usage:
                 return b""
+        elif b'"finish_reason":"abort"' in frame:
+            self.error = frame[6:]
+            return b""
         elif frame.startswith(b"data: "):
             self.begun = True
             self.tokens += 1

@@ -11,12 +11,12 @@ from collections.abc import Awaitable
 import msgspec
 from aiohttp import web
 
-from disaggserve.protocol import Handoff, Layout
+from disaggserve.protocol import Handoff
 from disaggserve.wire import VERSION
 from disaggworker import openai
 from disaggworker.engine.sequence import Sequence, Token
 from disaggworker.errors import RequestError, TransferError
-from disaggworker.kv.blocks import BLOCK_TOKENS, blocks_for
+from disaggworker.kv.blocks import blocks_for
 from disaggworker.kv.pull import KVClient
 from disaggworker.worker.instance import Instance
 from disaggworker.worker.text import Reply
@@ -111,6 +111,7 @@ class Decode:
         """Wait for blocks, fetch the KV into them, and tell the prefill worker. Raises `TransferError`."""
         client, engine, pace = self._client, self._instance.engine, self._instance.pace
         renewing = self._instance.loop.create_task(self._renew(handoff))
+        prompt: list[int] | None = None
         try:
             waits: set[asyncio.Future[None]] = {admitted, renewing}
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -119,14 +120,17 @@ class Decode:
             await admitted
             async with self._pulls:
                 begun = self._instance.loop.time()
-                layout, frames = await client.pull(handoff)
-                self._fits(layout, handoff)
+                assert sequence.kv is not None
+                pulled = await client.pull(handoff, sequence.kv.blocks[: blocks_for(handoff.kv_tokens)])
                 if pace and handoff.gpu:
-                    whole_s = pace.transfer_s(len(layout.tokens), handoff.gpu, handoff.rdma)
+                    whole_s = pace.transfer_s(handoff.kv_tokens, handoff.gpu, handoff.rdma)
                     await asyncio.sleep(begun + whole_s - self._instance.loop.time())
-            engine.pulled(sequence, layout.tokens[: handoff.prompt_tokens], frames)
+            for way in pulled.ways:
+                self._instance.metrics.pulls[way] += 1
+            prompt = pulled.tokens[: handoff.prompt_tokens]
         finally:
             renewing.cancel()
+            engine.pulled(sequence, prompt)
             # Arrived, or not wanted any more: the prefill worker needs its blocks either way.
             self._background(client.release(handoff))
 
@@ -135,7 +139,7 @@ class Decode:
         await asyncio.sleep(0.02)  # most requests are admitted at once, and need no word
         while True:
             await self._client.renew(handoff)
-            await asyncio.sleep(self._instance.config.lease_s / 3)
+            await asyncio.sleep(handoff.lease_s / 3)
 
     def _background(self, work: Awaitable[None]) -> None:
         async def quietly() -> None:
@@ -146,22 +150,6 @@ class Decode:
         task = self._instance.loop.create_task(quietly())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _fits(self, layout: Layout, handoff: Handoff) -> None:
-        pool = self._instance.engine.pool
-        mine = (
-            pool.layers,
-            pool.kv_heads,
-            pool.head_dim,
-            BLOCK_TOKENS,
-            str(pool.dtype).removeprefix("torch."),
-        )
-        theirs = (layout.layers, layout.kv_heads, layout.head_dim, layout.block_tokens, layout.dtype)
-        tokens, wanted = len(layout.tokens), handoff.prompt_tokens + len(handoff.answered)
-        if mine != theirs or tokens != wanted or layout.blocks != blocks_for(tokens):
-            raise TransferError(
-                f"The prefill worker's KV is {theirs} for {tokens} tokens; this worker's is {mine} for {wanted}."
-            )
 
     async def _stream(
         self, request: web.Request, reply: Reply, frames: openai.Frames, handoff: Handoff

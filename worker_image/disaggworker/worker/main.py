@@ -26,8 +26,9 @@ from disaggworker.engine.scheduler import Scheduler
 from disaggworker.errors import RequestError, StartError, TransferError
 from disaggworker.kv.blocks import BLOCK_TOKENS, BlockManager
 from disaggworker.kv.pool import Pool, blocks_in_memory
-from disaggworker.kv.pull import KVClient
+from disaggworker.kv.pull import KVClient, Puller
 from disaggworker.kv.serve import KVServer
+from disaggworker.kv.shm import Shm
 from disaggworker.load import Book
 from disaggworker.metrics import CONTENT_TYPE, Metrics
 from disaggworker.model.load import Model, load
@@ -88,7 +89,9 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stopping.set)
         if config.role == "prefill":
-            self._kv_server = KVServer(config.pod_ip, config.kv_port, config.pairing_key, config.lease_s)
+            self._kv_server = KVServer(
+                config.pod_ip, config.kv_port, config.pairing_key, config.lease_s, ways=[Shm()]
+            )
         else:
             self._kv_client = KVClient(config.pairing_key)
         app = web.Application(client_max_size=_BODY_BYTES)
@@ -152,7 +155,15 @@ class Worker:
             with torch.inference_mode():
                 model, ends = load(config.weights, config.dtype)
                 blocks = total_blocks(config, self.pace, model)
-                pool = Pool(model.layers, model.kv_heads, model.head_dim, blocks, model.dtype, model.device)
+                pool = Pool(
+                    model.layers,
+                    model.kv_heads,
+                    model.head_dim,
+                    blocks,
+                    model.dtype,
+                    model.device,
+                    shared=config.kv_share,
+                )
             longest = min(config.context_length or model.max_positions, model.max_positions)
             text = Text(config.weights, min(longest, blocks * BLOCK_TOKENS))
             scheduler = Scheduler(
@@ -179,6 +190,9 @@ class Worker:
             self._serve = Prefill(instance, self._kv_server).serve
             self._kv_server.serve(pool)
         elif self._kv_client:
+            self._kv_client.puller = Puller(
+                config.pairing_key, pool, ways=[Shm()], checksum=config.kv_checksum
+            )
             self._serve = Decode(instance, self._kv_client).serve
         self._instance = instance
         self._loop.call_soon_threadsafe(self._loaded.set)
@@ -277,6 +291,7 @@ class Worker:
             "role": self.config.role,
             **self._counts(),
             "leased_blocks": self._leased_blocks(),
+            "pulls": dict(self.metrics.pulls),  # by transport
             "emulated": self.pace is not None,
         }
         return web.json_response(facts)

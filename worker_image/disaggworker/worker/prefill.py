@@ -92,6 +92,7 @@ class Prefill:
             prompt_tokens=len(prompt),
             host=config.pod_ip,
             port=config.kv_port,
+            lease_s=config.lease_s,
             handoff=handoff,
             generation=generation,
             pairing_key=config.pairing_key,
