@@ -31,6 +31,7 @@ from disaggserve.protocol import Handoff
 from disaggworker import openai
 from disaggworker.engine.detokenize import TextStream
 from disaggworker.engine.engine import Engine, Event
+from disaggworker.engine.parallel.stage import total_blocks
 from disaggworker.engine.runner import Runner
 from disaggworker.engine.scheduler import Scheduler
 from disaggworker.engine.sequence import Sequence, Token
@@ -45,7 +46,6 @@ from disaggworker.pace import Pace
 from disaggworker.speak import flags
 from disaggworker.speak.figures import Figures
 from disaggworker.speak.flags import Settings
-from disaggworker.worker.main import total_blocks
 from disaggworker.worker.text import Text, shown
 
 _BODY_BYTES = 32 << 20
@@ -390,6 +390,7 @@ class Server:
             self._figures.pulled_tokens += sequence.length
         except TransferError as e:
             self._failed_pulls += 1
+            print(f"A pull failed: {e}", file=sys.stderr)
             raise _Failed from e
         finally:
             renewing.cancel()
