@@ -107,3 +107,22 @@ def test_roles_follow_a_plan_by_hand_under_traffic(stack: Stack, engine: str) ->
         with urllib.request.urlopen(f"http://{pod['status']['podIP']}:8000/state", timeout=10) as answer:
             assert json.load(answer)["role"] == "decode"
     stack.plane.kubectl("delete", "dsv", engine, "--wait=true")
+
+
+def test_mixed_instances_of_vllm_answer_alone(stack: Stack) -> None:
+    document = resource("vllm", 1, 1)
+    document["metadata"]["name"] = "both"
+    document["spec"]["plan"] = {"roles": [{"role": "mixed", "count": 2, "tp": 1, "pp": 1, "chunk": 512}]}
+    stack.apply(document)
+    found = stack.wait("both", "two mixed instances to serve", carried_out(1), timeout_s=180)
+    assert found["status"]["plan"]["mixed"] == "2×tp1 with chunks of 512"
+    assert sorted(roles(stack, "both").values()) == ["mixed", "mixed"]
+    wanted = [(0.2 * n, 600 if n % 5 == 0 else 100, 20) for n in range(30)]
+    results = asyncio.run(load.run_load(stack.url("both"), MODEL, wanted, vocab=256, seed=2))
+    assert {r.outcome for r in results} == {"ok"}, [r.error for r in results if r.outcome != "ok"]
+    used = [p["status"]["podIP"] for p in stack.pods("both", "mixed")]
+    with urllib.request.urlopen(stack.url("both") + "/drain", timeout=10) as answer:
+        view = json.load(answer)["instances"]
+    assert len(used) == len(view) == 2
+    assert all((v["admitting"], v["in_flight"], v["leased"]) == (True, 0, 0) for v in view.values())
+    stack.plane.kubectl("delete", "dsv", "both", "--wait=true")
