@@ -541,6 +541,29 @@ def test_an_answer_whose_last_token_is_there_lacks_nothing() -> None:
     run(test())
 
 
+def test_an_answer_goes_on_with_the_same_weights_or_not_at_all() -> None:
+    async def test() -> None:
+        p, dying, last = Fake("prefill", "p0", "a"), Fake("decode", "d0", "a"), Fake("decode", "d1", "a")
+        others = Fake("prefill", "p9", "b"), Fake("decode", "d9", "b")
+        dying.dies = "mid"
+        config = replace(CONFIG, queue_timeout_s=0.2)
+        async with bench(p, dying, last, *others, config=config) as b:
+            b.show(replace(last.seen, draining=True))  # it still takes what its prefill was given
+            async with b.post(stream=True) as answer:
+                assert b'"error"' not in (await answer.read())
+            assert len(last.bodies) == 1
+            b.show(replace(last.seen, ready=False))
+            await until(lambda: b.router.fleet.decode("a", b.router.proxy.clock()), "d0 is tried again")
+            async with b.post(stream=True) as answer:
+                frames = [json.loads(f[6:]) for f in (await answer.read()).split(b"\n\n")[:-2]]
+            assert [f["choices"][0]["text"] for f in frames[:-1]] == [letter(0), letter(1)]
+            assert "pairing key a" in frames[-1]["error"]["message"]
+            assert not any(o.bodies for o in others)
+            await b.idle()
+
+    run(test())
+
+
 @pytest.mark.parametrize("how", ["before", "mid"])
 def test_an_answer_that_cannot_go_on_ends_honestly(how: str) -> None:
     async def test() -> None:

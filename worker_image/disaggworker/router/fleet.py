@@ -167,10 +167,21 @@ class Fleet:
                 instance.prefixes = Prefixes()
             instance.seen = s
 
-    def prefill(self, now_s: float, request: Request | None = None) -> Instance | None:
-        """The fewest tokens until the first one of `request`, among those with a decode of the same pairing key."""
-        keys = {i.seen.pairing_key for i in self._admitting("decode", now_s)}
-        found = _preferred(i for i in self._admitting("prefill", now_s) if i.seen.pairing_key in keys)
+    def prefill(
+        self, now_s: float, request: Request | None = None, pairing_key: str | None = None
+    ) -> Instance | None:
+        """The fewest tokens until the first one of `request`, among those with a decode of the same pairing key.
+
+        With `pairing_key`, only of this one, for an answer that goes on: other weights would go on otherwise. Draining ones
+        take it where no other has the key.
+        """
+        if pairing_key is None:
+            keys = {i.seen.pairing_key for i in self._admitting("decode", now_s)}
+            found = _preferred(i for i in self._admitting("prefill", now_s) if i.seen.pairing_key in keys)
+        elif self.decode(pairing_key, now_s) is None:
+            return None
+        else:
+            found = self._serving("prefill", pairing_key, now_s)
         if not found:
             return None
         queued = [i.all_queued_tokens for i in found]
@@ -187,13 +198,7 @@ class Fleet:
 
         Requests that are through prefill may go to a draining one when no other has their key: their KV fits nowhere else.
         """
-        found = _preferred(i for i in self._admitting("decode", now_s) if i.seen.pairing_key == pairing_key)
-        if not found:
-            found = [
-                i
-                for i in self._of("decode", pairing_key)
-                if i.known and i.seen.ready and now_s >= i.barred_until_s
-            ]
+        found = self._serving("decode", pairing_key, now_s)
         return found[choose_decode([i.all_kv_tokens for i in found])] if found else None
 
     def fault(self, instance: Instance, now_s: float, *, answered: bool = False) -> None:
@@ -278,6 +283,13 @@ class Fleet:
         return [
             i for i in self._instances.values() if i.seen.role == role and i.seen.pairing_key == pairing_key
         ]
+
+    def _serving(self, role: Role, pairing_key: str, now_s: float) -> list[Instance]:
+        """Those of the key that admit; where none does, draining ones."""
+        able = [
+            i for i in self._of(role, pairing_key) if i.known and i.seen.ready and now_s >= i.barred_until_s
+        ]
+        return _preferred(i for i in able if i.admitting) or able
 
     def _admitting(self, role: Role, now_s: float) -> list[Instance]:
         return [

@@ -160,6 +160,7 @@ class Exchange:
         self._first_s = self._last_s = 0.0
         self._queued = True
         self._client: web.StreamResponse | None = None  # once its stream has begun
+        self._key: str | None = None  # pairing key of the instances that answer
         self._tokens = 0  # of the answer so far
         self._answered: list[int] = []  # which they are, where the engine says so
         self._seed: int | None = None  # with which they are drawn, where the engine says so
@@ -252,7 +253,9 @@ class Exchange:
             self._tokens, self._answered = 0, []
         elif self._seed is not None:
             resume = Resume(answered=self._answered, seed=self._seed)
-        instance = await self._proxy.admission.prefill(request)
+        begun = self._key if self._client is not None else None
+        instance = await self._proxy.admission.prefill(request, begun)
+        self._key = instance.seen.pairing_key
         hold = Hold(instance, queued_tokens=request.uncached_tokens + len(self._answered))
         params: dict[str, Any] = {}
         try:
