@@ -8,7 +8,7 @@ Pure data: no clock, no network; `now_s` is any rising clock. Not thread-safe, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from disaggserve.protocol import Load
 from disaggworker.router.prefixes import Prefixes
 from disaggworker.router.request import Request
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "mixed"]
+Phase = Literal["prefill", "decode"]
 
 BAR_FIRST_S, BAR_MOST_S = 0.5, 10.0
 BAR_ANSWERED_S = 0.25
@@ -74,6 +75,9 @@ class Instance:
         self.prefixes = Prefixes()
         self.caches = False  # it has a prefix cache, and says what it found there
 
+    def does(self, phase: Phase) -> bool:
+        return self.seen.role in (phase, "mixed")
+
     @property
     def admitting(self) -> bool:
         return self.known and self.seen.ready and not self.seen.draining
@@ -123,6 +127,12 @@ class Hold:
         self._leased = 1
         self.instance.leased += 1
 
+    def decodes(self, kv_tokens: int) -> None:
+        """A mixed instance has prefilled it, and goes on with it."""
+        self.instance.queued_tokens -= self._queued_tokens
+        self.instance.kv_tokens += kv_tokens
+        self._queued_tokens, self._kv_tokens = 0, self._kv_tokens + kv_tokens
+
     def grow(self, tokens: int) -> None:
         """So many tokens more were generated."""
         self._kv_tokens += tokens
@@ -168,20 +178,22 @@ class Fleet:
             instance.seen = s
 
     def prefill(
-        self, now_s: float, request: Request | None = None, pairing_key: str | None = None
+        self,
+        now_s: float,
+        request: Request | None = None,
+        goes_on: Callable[[Instance], bool] | None = None,
     ) -> Instance | None:
         """The fewest tokens until the first one of `request`, among those with a decode of the same pairing key.
 
-        With `pairing_key`, only of this one, for an answer that goes on: other weights would go on otherwise. Draining ones
-        take it where no other has the key.
+        `goes_on` says of an answer that was begun where it can go on; there draining ones take it, too, where no other can.
         """
-        if pairing_key is None:
+        if goes_on is None:
             keys = {i.seen.pairing_key for i in self._admitting("decode", now_s)}
             found = _preferred(i for i in self._admitting("prefill", now_s) if i.seen.pairing_key in keys)
-        elif self.decode(pairing_key, now_s) is None:
-            return None
         else:
-            found = self._serving("prefill", pairing_key, now_s)
+            able = [i for i in self._able("prefill", now_s) if goes_on(i)]
+            able = [i for i in able if self.decode(i.seen.pairing_key, now_s) is not None]
+            found = _preferred(i for i in able if i.admitting) or able
         if not found:
             return None
         queued = [i.all_queued_tokens for i in found]
@@ -198,7 +210,8 @@ class Fleet:
 
         Requests that are through prefill may go to a draining one when no other has their key: their KV fits nowhere else.
         """
-        found = self._serving("decode", pairing_key, now_s)
+        able = [i for i in self._able("decode", now_s) if i.seen.pairing_key == pairing_key]
+        found = _preferred(i for i in able if i.admitting) or able
         return found[choose_decode([i.all_kv_tokens for i in found])] if found else None
 
     def fault(self, instance: Instance, now_s: float, *, answered: bool = False) -> None:
@@ -230,15 +243,14 @@ class Fleet:
 
     def lacking(self) -> str | None:
         """Why no request could be served now, or None when one could."""
+        phases: tuple[Phase, ...] = ("prefill", "decode")
         keys = {
-            role: {
-                i.seen.pairing_key for i in self._instances.values() if i.seen.role == role and i.admitting
-            }
-            for role in ("prefill", "decode")
+            phase: {i.seen.pairing_key for i in self._instances.values() if i.does(phase) and i.admitting}
+            for phase in phases
         }
         if keys["prefill"] & keys["decode"]:
             return None
-        missing = [role for role in ("prefill", "decode") if not keys[role]]
+        missing = [phase for phase in phases if not keys[phase]]
         if missing:
             return f"no {' and no '.join(missing)} instance is ready"
         return "no ready prefill instance has the pairing key of a ready decode instance"
@@ -276,24 +288,20 @@ class Fleet:
             assert held == (0, 0, 0, 0), f"{i} still holds (in flight, leased, queued, KV tokens) {held}"
 
     def cached(self, instance: Instance, tokens: int | None) -> None:
-        """Prefill found so many tokens of a prompt in its prefix cache; None where it does not say."""
-        instance.caches = tokens is not None
+        """It found so many tokens of a prompt in its prefix cache; None where it does not say."""
+        if tokens is not None:  # some say so only where they found something
+            instance.caches = True
 
-    def _of(self, role: Role, pairing_key: str) -> list[Instance]:
-        return [
-            i for i in self._instances.values() if i.seen.role == role and i.seen.pairing_key == pairing_key
-        ]
+    def _of(self, phase: Phase, pairing_key: str) -> list[Instance]:
+        return [i for i in self._instances.values() if i.does(phase) and i.seen.pairing_key == pairing_key]
 
-    def _serving(self, role: Role, pairing_key: str, now_s: float) -> list[Instance]:
-        """Those of the key that admit; where none does, draining ones."""
-        able = [
-            i for i in self._of(role, pairing_key) if i.known and i.seen.ready and now_s >= i.barred_until_s
-        ]
-        return _preferred(i for i in able if i.admitting) or able
-
-    def _admitting(self, role: Role, now_s: float) -> list[Instance]:
+    def _able(self, phase: Phase, now_s: float) -> list[Instance]:
+        """Those that serve, draining ones included."""
         return [
             i
             for i in self._instances.values()
-            if i.seen.role == role and i.admitting and now_s >= i.barred_until_s
+            if i.does(phase) and i.known and i.seen.ready and now_s >= i.barred_until_s
         ]
+
+    def _admitting(self, phase: Phase, now_s: float) -> list[Instance]:
+        return [i for i in self._able(phase, now_s) if i.admitting]

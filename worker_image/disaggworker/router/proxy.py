@@ -243,7 +243,18 @@ class Exchange:
 
     @property
     def _can_go_on(self) -> bool:
-        return self._said is not None or (self._seed is not None and len(self._answered) == self._tokens)
+        return self._said is not None or self._resumable
+
+    @property
+    def _resumable(self) -> bool:
+        return self._seed is not None and len(self._answered) == self._tokens
+
+    def _goes_on_at(self, instance: Instance) -> bool:
+        """Of the same key, since other weights would go on otherwise, and in the way in which the answer was begun."""
+        whole = instance.seen.role == "mixed" or instance.seen.engine == vllm.NAME
+        return instance.seen.pairing_key == self._key and (
+            self._said is not None if whole else self._resumable
+        )
 
     # ------------------------------------------------------------------------------------- one attempt
 
@@ -253,12 +264,14 @@ class Exchange:
             self._tokens, self._answered = 0, []
         elif self._seed is not None:
             resume = Resume(answered=self._answered, seed=self._seed)
-        begun = self._key if self._client is not None else None
-        instance = await self._proxy.admission.prefill(request, begun)
+        begun = self._client is not None
+        instance = await self._proxy.admission.prefill(request, self._goes_on_at if begun else None)
         self._key = instance.seen.pairing_key
         hold = Hold(instance, queued_tokens=request.uncached_tokens + len(self._answered))
         params: dict[str, Any] = {}
         try:
+            if instance.seen.role == "mixed":
+                return await self._whole(hold)
             if instance.seen.engine == vllm.NAME:
                 vllm.refuse(request.body)
                 answer = await self._prefill(instance, vllm.for_prefill(request.body, chat=request.chat))
@@ -373,7 +386,7 @@ class Exchange:
 
     async def _decode(self, lease: Hold, answer: dict[str, Any]) -> web.StreamResponse:
         key = lease.instance.seen.pairing_key
-        body = self._request.for_decode(answer["kv_transfer_params"], token_ids=self._can_go_on)
+        body = self._request.for_decode(answer["kv_transfer_params"], token_ids=self._resumable)
         while True:
             instance = self._fleet.decode(key, self._clock())
             if instance is None:
@@ -455,6 +468,54 @@ class Exchange:
             return f"{instance} failed in mid-stream: {error}"
         return f"{instance} ended its stream before the answer's end"
 
+    # ------------------------------------------------------------------------------------- an answer of one instance
+
+    async def _whole(self, hold: Hold) -> web.StreamResponse:
+        """A mixed instance does both: it is sent what the client asked, and there is nothing to hand over."""
+        instance, request, sent_s = hold.instance, self._request, self._clock()
+        try:
+            with contextlib.closing(await self._post(instance, vllm.for_decode(request.body, None))) as reply:
+                if reply.status != 200:
+                    self._judge(instance, reply.status, await reply.read())
+                if request.stream:
+                    return await self._own_stream(hold, reply)
+                data = await reply.read()
+        except UpstreamError as error:
+            raise Lost(instance, f"{instance} failed: {error}") from error
+        self._count_prompt(self._read_answer(instance, data, sent_s))
+        return self._end_answer(instance, data)
+
+    def _read_answer(self, instance: Instance, data: bytes, sent_s: float) -> dict[str, Any]:
+        """Tokens and times of an answer in one piece; its usage. Raises Lost."""
+        try:
+            answer = msgspec.json.decode(data)
+            usage: dict[str, Any] = answer["usage"]
+            self._tokens = int(usage["completion_tokens"])
+            own_s = vllm.first_token_s(answer)
+        except (msgspec.DecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise Lost(instance, f"{instance} answered without usage: {error!r}", answered=True) from error
+        if vllm.aborted(answer):
+            raise Lost(instance, f"{instance} is ending, and let go of the request", answered=True)
+        self._last_s = self._clock()
+        # One that does not say when its first token came may have had it as late as its last.
+        self._first_s = self._last_s if own_s is None else sent_s + own_s
+        return usage
+
+    def _count_prompt(self, usage: dict[str, Any]) -> None:
+        """What a mixed instance says of the prompt; prefill's answer says it elsewhere."""
+        self._leave_queue(served=True)
+        said = usage.get("prompt_tokens")
+        if type(said) is int:
+            self._request.input_tokens = said
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        self._uncached = max(0, self._request.input_tokens - cached)
+
+    def _end_answer(self, instance: Instance, data: bytes) -> web.Response:
+        self._fleet.generated(instance)
+        self._fleet.worked(instance)
+        self.outcome = names.OK
+        return self._proxy.headed(errors.response(200, data), self._request.id)
+
     # ------------------------------------------------------------------------------------- vLLM's second step
 
     async def _decode_vllm(self, lease: Hold, params: dict[str, Any]) -> web.StreamResponse:
@@ -479,27 +540,12 @@ class Exchange:
                         if reply.status != 200:
                             self._judge(instance, reply.status, await reply.read())
                         if request.stream:
-                            return await self._vllm_stream(lease, hold, reply, patience)
+                            return await self._own_stream(hold, reply, lease, patience)
                         data = await reply.read()
-                try:
-                    answer = msgspec.json.decode(data)
-                    self._tokens = int(answer["usage"]["completion_tokens"])
-                    own_s = vllm.first_token_s(answer)
-                except (msgspec.DecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
-                    raise Lost(
-                        instance, f"{instance} answered without usage: {error!r}", answered=True
-                    ) from error
-                if vllm.aborted(answer):
-                    raise Lost(instance, f"{instance} is ending, and let go of the request", answered=True)
-                self._last_s = self._clock()
-                # One that does not say when its first token came may have had it as late as its last.
-                self._first_s = self._last_s if own_s is None else sent_s + own_s
+                self._read_answer(instance, data, sent_s)
                 if vllm.late(self._first_s - answered_s):
                     raise Lost(None, f"{instance} came for its KV after {prefill} had let go of it")
-                self._fleet.generated(instance)
-                self._fleet.worked(instance)
-                self.outcome = names.OK
-                return self._proxy.headed(errors.response(200, data), request.id)
+                return self._end_answer(instance, data)
             except Unreachable as error:
                 # It never saw the request, so the KV is still on prefill, for another decode.
                 log.warning("request %s: %s", request.id, error)
@@ -512,10 +558,11 @@ class Exchange:
             finally:
                 hold.end()
 
-    async def _vllm_stream(
-        self, lease: Hold, hold: Hold, reply: Reply, patience: asyncio.Timeout
+    async def _own_stream(
+        self, hold: Hold, reply: Reply, lease: Hold | None = None, patience: asyncio.Timeout | None = None
     ) -> web.StreamResponse:
-        """The headers come before the pull, and say nothing; the first token does, for which there is so much patience."""
+        """A stream that is all the instance's own. Its headers come before its first token, and say nothing; that one does, for
+        which there is so much patience where KV is leased."""
         instance = hold.instance
         request, again = self._request, self._client is not None
         stream = vllm.Frames(
@@ -524,11 +571,16 @@ class Exchange:
         begun = b""
         while not stream.begun and stream.error is None and (piece := await reply.piece()):
             begun += stream.feed(piece)
-        patience.reschedule(None)
+        if patience is not None:
+            patience.reschedule(None)
         if not stream.begun:
             said = (stream.error or b"nothing")[:200].decode("utf-8", "replace")
             raise Lost(instance, f"{instance} answered no token but {said}", answered=True)
-        lease.end()
+        if lease is not None:
+            lease.end()
+        else:
+            self._leave_queue(served=True)
+            hold.decodes(request.input_tokens)
         if again:
             self._proxy.metrics.continuations += 1
         else:
@@ -538,6 +590,8 @@ class Exchange:
             await self._write(client, begun)
         why = await self._relay(reply, stream, hold)
         self._tokens = stream.tokens
+        if lease is None:
+            self._count_prompt(stream.usage)
         if not stream.done:
             further = stream.said != self._said
             self._said = stream.said

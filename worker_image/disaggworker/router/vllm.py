@@ -25,6 +25,11 @@ NAME = "vllm"  # of the pods' engine label
 # Prefill's lease begins a little before its answer is here.
 LATE_S = LEASE_S - 2.0
 
+# Prefill's token is dropped: nothing that shapes it matters, and some of it would be refused beside one token.
+_OF_THE_ANSWER = (
+    *("max_tokens", "max_completion_tokens", "min_tokens", "stream_options", "stop", "echo"),
+    *("logprobs", "top_logprobs"),
+)
 _REMOTE = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
 
 
@@ -49,8 +54,7 @@ def refuse(body: dict[str, Any]) -> None:
 def for_prefill(body: dict[str, Any], *, chat: bool) -> bytes:
     """The same prompt for one token, its KV kept for whoever asks."""
     out = dict(body)
-    for field in ("max_tokens", "max_completion_tokens", "min_tokens", "stream_options", "stop", "echo"):
-        # Prefill's token is dropped: nothing that shapes it matters, and some of it would be refused beside one token.
+    for field in _OF_THE_ANSWER:
         out.pop(field, None)
     return msgspec.json.encode(
         out
@@ -66,9 +70,12 @@ def for_prefill(body: dict[str, Any], *, chat: bool) -> bytes:
     )
 
 
-def for_decode(body: dict[str, Any], kv_transfer_params: dict[str, Any]) -> bytes:
-    """What the client sent, and where the KV is. A stream always says how many tokens it had: frames may hold several."""
-    out = {**body, "kv_transfer_params": kv_transfer_params}
+def for_decode(body: dict[str, Any], kv_transfer_params: dict[str, Any] | None) -> bytes:
+    """What the client sent, and where the KV is (None: it shall be computed there). A stream always says how many tokens it
+    had: frames may hold several."""
+    out = dict(body)
+    if kv_transfer_params is not None:
+        out["kv_transfer_params"] = kv_transfer_params
     if body.get("stream"):
         out["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
     return msgspec.json.encode(out)
@@ -105,7 +112,7 @@ class Frames:
     has of it, which is not passed on once more. An answer that begins otherwise is an `error`.
     """
 
-    __slots__ = ("_ahead", "_keep_usage", "_rest", "_said", "begun", "done", "error", "tokens")
+    __slots__ = ("_ahead", "_keep_usage", "_rest", "_said", "begun", "done", "error", "tokens", "usage")
 
     def __init__(self, *, keep_usage: bool, note: bool = False, after: str = "") -> None:
         self._keep_usage, self._rest = keep_usage, b""
@@ -115,6 +122,7 @@ class Frames:
         self.done = False
         self.error: bytes | None = None  # the frame that says what failed, without `data: `
         self.tokens = 0  # one a frame, until usage at the end says how many there were
+        self.usage: dict[str, Any] = {}
 
     def feed(self, chunk: bytes) -> bytes:
         """The whole frames that are here now, to be passed on; none from an error on."""
@@ -180,6 +188,7 @@ class Frames:
 
     def _count(self, frame: bytes) -> None:
         try:
-            self.tokens = int(msgspec.json.decode(frame[6:])["usage"]["completion_tokens"])
+            self.usage = msgspec.json.decode(frame[6:])["usage"]
+            self.tokens = int(self.usage["completion_tokens"])
         except (msgspec.DecodeError, LookupError, TypeError, ValueError):
             return  # frames were counted

@@ -45,12 +45,7 @@ class Prefill:
     async def serve(self, request: web.Request, ask: openai.Ask) -> web.StreamResponse:
         """Raises `RequestError`."""
         config, engine, pace = self._instance.config, self._instance.engine, self._instance.pace
-        text, metrics = self._instance.text, self._instance.metrics
-        if not ask.params.get("do_remote_decode"):
-            raise RequestError(
-                "kv_transfer_params.do_remote_decode must be true: this is a prefill worker.",
-                param="kv_transfer_params",
-            )
+        text = self._instance.text
         prompt = text.prompt(ask)
         limit = text.limit(ask, len(prompt))
         resume = _resume(ask, limit, len(text.bytes))
@@ -65,7 +60,12 @@ class Prefill:
                 first.set_result((token, finish))
 
         sequence = Sequence(
-            prompt, dataclasses.replace(ask.sampling, seed=seed), limit, on_token, output=list(answered)
+            prompt,
+            dataclasses.replace(ask.sampling, seed=seed),
+            limit,
+            on_token,
+            output=list(answered),
+            hand_off=True,
         )
         engine.submit(sequence)
         try:
@@ -80,16 +80,16 @@ class Prefill:
         piece = shown(TextStream(text.bytes, ask.stops, answered), token, finish)
         if piece.finish and handoff:
             self._server.drop(handoff)
-        metrics.ttft.observe(sequence.first_token_s - sequence.arrived_s)
-        metrics.queue.observe(sequence.scheduled_s - sequence.arrived_s)
-        metrics.prefill.observe(sequence.first_token_s - sequence.scheduled_s)
-        metrics.prompt_tokens.observe(len(prompt))
+        self._instance.observe_prefill(sequence)
+        # Of an answer that goes on, what was found says nothing of how the prompt was computed when it began.
+        cached = 0 if answered else sequence.found
         given = Handoff(
             done=piece.finish is not None,
             first_token_id=token.id,
             first_logprobs=token.logprobs,
             text=piece.text,
             prompt_tokens=len(prompt),
+            cached_tokens=cached,
             host=config.pod_ip,
             port=config.kv_port,
             lease_s=config.lease_s,
@@ -109,6 +109,7 @@ class Prefill:
             [piece],
             text.spelling,
             prompt_tokens=len(prompt),
+            cached_tokens=cached,
             more={"kv_transfer_params": msgspec.to_builtins(given)},
         )
         return web.Response(body=body, content_type="application/json")
