@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from disaggworker.engine.engine import Engine, Event
-from disaggworker.engine.runner import Pending, Runner
+from disaggworker.engine.runner import Computed, Pending, Runner
 from disaggworker.engine.scheduler import Scheduler
 from disaggworker.engine.sequence import Sampling
 from disaggworker.engine.sequence import Sequence as Seq
@@ -81,7 +81,7 @@ class Cells:
                 self.cells[table[at // BLOCK_TOKENS], at % BLOCK_TOKENS] = before
             last.append(before % VOCABULARY)
         assert next(tokens, None) is None
-        return Pending(torch.nn.functional.one_hot(torch.tensor(last)[step.answers], VOCABULARY).float())
+        return Computed(torch.nn.functional.one_hot(torch.tensor(last)[step.answers], VOCABULARY).float())
 
 
 @dataclasses.dataclass

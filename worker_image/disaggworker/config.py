@@ -100,10 +100,6 @@ def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
         if getattr(flags, name) < 1:
             raise StartError(f"--{name} is {getattr(flags, name)}; it must be at least 1.")
     pace = _pace(flags.pace) if flags.pace else None
-    if pace is None and flags.tp * flags.pp > 1:
-        raise StartError(
-            f"--tp {flags.tp} --pp {flags.pp}: this engine computes on one GPU only; give tp 1 and pp 1, or another engine."
-        )
     # A pod's labels outlive its containers: one that starts again takes the role that its pod was given last.
     if role := env.get("WORKER_ROLE"):
         if role not in ROLES:

@@ -31,6 +31,7 @@ from disaggserve.protocol import Handoff
 from disaggworker import openai
 from disaggworker.engine.detokenize import TextStream
 from disaggworker.engine.engine import Engine, Event
+from disaggworker.engine.parallel.stage import room
 from disaggworker.engine.runner import Runner
 from disaggworker.engine.scheduler import Scheduler
 from disaggworker.engine.sequence import Sequence, Token
@@ -45,7 +46,6 @@ from disaggworker.pace import Pace
 from disaggworker.speak import flags
 from disaggworker.speak.figures import Figures
 from disaggworker.speak.flags import Settings
-from disaggworker.worker.main import total_blocks
 from disaggworker.worker.text import Text, shown
 
 _BODY_BYTES = 32 << 20
@@ -167,7 +167,8 @@ class Server:
             torch.set_num_threads(1)
             with torch.inference_mode():
                 model, ends = load(config.weights, config.dtype)
-                blocks = total_blocks(config, self._pace, model)
+                emulated = self._pace.blocks if self._pace and not config.kv_blocks else 0
+                blocks = emulated or room(config, model)
                 pool = Pool(model.layers, model.kv_heads, model.head_dim, blocks, model.dtype, model.device)
                 longest = min(config.context_length or model.max_positions, model.max_positions)
                 self._text = Text(config.weights, min(longest, blocks * BLOCK_TOKENS))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
 import signal
 import sys
 import threading
@@ -25,17 +27,20 @@ from disaggworker import config as configuration
 from disaggworker import openai
 from disaggworker.config import Config
 from disaggworker.engine.engine import Engine, Event
+from disaggworker.engine.parallel.rank import follow
+from disaggworker.engine.parallel.ranks import Ranks
+from disaggworker.engine.parallel.stage import lead, room
 from disaggworker.engine.runner import Runner
 from disaggworker.engine.scheduler import Scheduler
-from disaggworker.errors import RequestError, StartError, TransferError
+from disaggworker.errors import RequestError, StartError, TransferError, WorkerError
 from disaggworker.kv.blocks import BLOCK_TOKENS, BlockManager
-from disaggworker.kv.pool import Pool, blocks_in_memory
+from disaggworker.kv.pool import Pool
 from disaggworker.kv.pull import KVClient, Puller
 from disaggworker.kv.serve import KVServer
 from disaggworker.kv.shm import Shm
 from disaggworker.load import Book
 from disaggworker.metrics import CONTENT_TYPE, Metrics
-from disaggworker.model.load import Model, load
+from disaggworker.model.load import load
 from disaggworker.pace import Pace
 from disaggworker.worker.decode import Decode
 from disaggworker.worker.instance import Instance
@@ -45,6 +50,7 @@ from disaggworker.worker.text import Text
 from disaggworker.worker.whole import Whole
 
 _BATCH_TOKENS = 512  # L_m where no pace says another
+_ALONE_S = 5.0  # after a fault of the engine, until it is taken for its own
 _BODY_BYTES = 32 << 20
 _INTACT_S = 1.0  # how long the state waits for the engine's word on its blocks
 
@@ -57,24 +63,28 @@ Serve = Callable[[web.Request, openai.Ask], Awaitable[web.StreamResponse]]
 def run(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises `StartError`."""
     config = configuration.read(argv)
-    code: int = uvloop.run(Worker(config).main())
-    return code
-
-
-def total_blocks(config: Config, pace: Pace | None, model: Model) -> int:
-    """KV blocks of this instance: the real GPU's when paced, else what the flag or the memory says."""
-    if config.kv_blocks:
-        return config.kv_blocks
-    if pace:
-        return pace.blocks
-    return blocks_in_memory(model.layers, model.kv_heads, model.head_dim, model.dtype, model.device)
+    # A paced worker keeps the time of many GPUs with one tiny model, computed here.
+    size = 1 if config.pace else config.tp * config.pp
+    # They are forked: this process has one thread so far, and no GPU.
+    ranks = Ranks(size - 1, functools.partial(follow, config)) if size > 1 else None
+    try:
+        code: int = uvloop.run(Worker(config, ranks).main())
+        if ranks and ranks.ended.is_set():
+            ranks.close()
+            sys.stderr.flush()
+            # The engine's thread may be in an all-reduce that never ends; nothing waits for it.
+            os._exit(code)
+        return code
+    finally:
+        if ranks:
+            ranks.close()
 
 
 class Worker:
     """One instance, in whatever role."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
+        self.config, self._ranks = config, ranks
         self.pace = Pace.of(config)
         self.metrics = Metrics(config.served_name)
         self.book = Book(lambda: self._counts() | {"leased_blocks": self._leased_blocks()})
@@ -82,7 +92,7 @@ class Worker:
         self.duty = Duty(config.role, config.chunk)
         self._serve: dict[Kind, Serve] = {}
         self._in_flight = 0
-        self._fault: StartError | None = None
+        self._fault: WorkerError | None = None
 
     # ------------------------------------------------------------------------------ life
 
@@ -91,7 +101,7 @@ class Worker:
         config = self.config
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        self._loaded = asyncio.Event()
+        self._failed = asyncio.Event()
         self._quiet = asyncio.Event()
         self._quiet.set()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -119,13 +129,11 @@ class Worker:
             raise StartError(f"Port {config.pod_ip}:{config.port} cannot be bound: {e.strerror}.") from None
         thread = threading.Thread(target=self._compute, name="engine", daemon=True)
         thread.start()
-        await self._first(self._loaded.wait(), self._stopping.wait())
+        await self._first(self._stopping.wait(), self._failed.wait())
+        await self._first(self._drain(), self._failed.wait())
         if self._fault:
-            await runner.cleanup()
             print(self._fault, file=sys.stderr)
             return 1
-        await self._stopping.wait()
-        await self._drain()
         self.book.close()
         if self._instance:
             self._instance.engine.close()
@@ -156,54 +164,84 @@ class Worker:
 
     def _compute(self) -> None:
         """The engine's thread, from loading to the end."""
-        config = self.config
         try:
-            # The paced share two cores; and torch's own threads would have to wake for every small multiplication.
-            if self.pace or not torch.cuda.is_available():
-                torch.set_num_threads(1 if self.pace else torch.get_num_threads())
-            with torch.inference_mode():
-                model, ends = load(config.weights, config.dtype)
-                blocks = total_blocks(config, self.pace, model)
-                pool = Pool(
-                    model.layers,
-                    model.kv_heads,
-                    model.head_dim,
-                    blocks,
-                    model.dtype,
-                    model.device,
-                    shared=config.kv_share,
-                )
-            longest = min(config.context_length or model.max_positions, model.max_positions)
-            text = Text(config.weights, min(longest, blocks * BLOCK_TOKENS))
-            scheduler = Scheduler(
-                BlockManager(blocks, cache=config.prefix_cache),
-                batch_tokens=self.pace.batch_tokens if self.pace else _BATCH_TOKENS,
-                chunk=config.chunk,
-                lanes=self.pace.times.pp if self.pace else 1,
-            )
-            engine = Engine(Runner(model, pool), scheduler, ends, self.pace, self._sink)
-            with torch.inference_mode():
-                engine.warm_up()
-        except StartError as e:
-            self._fault = e
-            self._loop.call_soon_threadsafe(self._loaded.set)
-            return
+            engine = self._prepare()
+        except WorkerError as e:
+            return self._fail(e)
         except Exception as e:
             # tokenizers and torch raise plain Exceptions for unreadable files and for memory.
-            self._fault = StartError(f"{config.weights} cannot be served: {e}")
-            self._loop.call_soon_threadsafe(self._loaded.set)
-            return
+            return self._fail(StartError(f"{self.config.weights} cannot be served: {e}"))
+        try:
+            engine.run()
+        except Exception as e:
+            # Where a rank has ended, an all-reduce may fail before it is known which one.
+            if not (self._ranks and self._ranks.ended.wait(_ALONE_S)):
+                self._fail(e if isinstance(e, WorkerError) else WorkerError(f"The engine failed: {e}"))
+
+    def _prepare(self) -> Engine:
+        """Raises `WorkerError`, and whatever torch and tokenizers raise."""
+        config = self.config
+        runner: Runner
+        with torch.inference_mode():
+            if self._ranks:
+                self._ranks.on_end = self._lost
+                self._ranks.listen()
+                runner, ends = lead(config, self._ranks)
+            else:
+                runner, ends = self._alone()
+        longest = min(config.context_length or runner.model.max_positions, runner.model.max_positions)
+        text = Text(config.weights, min(longest, runner.pool.limit * BLOCK_TOKENS))
+        scheduler = Scheduler(
+            BlockManager(runner.pool.limit, cache=config.prefix_cache),
+            batch_tokens=self.pace.batch_tokens if self.pace else _BATCH_TOKENS,
+            chunk=config.chunk,
+            lanes=self.pace.times.pp if self.pace else runner.stages,
+        )
+        engine = Engine(runner, scheduler, ends, self.pace, self._sink)
+        with torch.inference_mode():
+            engine.warm_up()
         instance = Instance(config, self.pace, engine, text, self.metrics, self.book, self._loop)
-        self._kv_server.serve(pool)
-        self._kv_client.puller = Puller(config.pairing_key, pool, ways=[Shm()], checksum=config.kv_checksum)
+        self._kv_server.serve(runner.pool)
+        self._kv_client.puller = Puller(
+            config.pairing_key, runner.pool, ways=[Shm()], checksum=config.kv_checksum
+        )
         self._serve = {
             "prefill": Prefill(instance, self._kv_server).serve,
             "decode": Decode(instance, self._kv_client).serve,
             "whole": Whole(instance).serve,
         }
         self._instance = instance
-        self._loop.call_soon_threadsafe(self._loaded.set)
-        engine.run()
+        return engine
+
+    def _alone(self) -> tuple[Runner, frozenset[int]]:
+        """The whole model in this process. Raises `StartError`."""
+        if self.pace:
+            # The paced share two cores; and torch's own threads would have to wake for every small multiplication.
+            torch.set_num_threads(1)
+        model, ends = load(self.config.weights, self.config.dtype)
+        # A paced worker has the real GPU's.
+        emulated = self.pace.blocks if self.pace and not self.config.kv_blocks else 0
+        blocks = emulated or room(self.config, model)
+        pool = Pool(
+            model.layers,
+            model.kv_heads,
+            model.head_dim,
+            blocks,
+            model.dtype,
+            model.device,
+            shared=self.config.kv_share,
+        )
+        return Runner(model, pool), ends
+
+    def _fail(self, fault: WorkerError) -> None:
+        """End the worker, from any thread. Of several faults the first is told."""
+        self._fault = self._fault or fault
+        self._loop.call_soon_threadsafe(self._failed.set)
+
+    def _lost(self) -> None:
+        """In the thread that listens to the ranks: one has ended."""
+        assert self._ranks
+        self._fail(self._ranks.lost())
 
     # ------------------------------------------------------------------------------ from the engine's thread
 
