@@ -52,7 +52,10 @@ def answer(prompt: Sequence[int], count: int) -> list[int]:
 class Cells:
     """The runner and its pool in one."""
 
+    stages = 1
+
     def __init__(self) -> None:
+        self.on_ready = lambda: None
         self.cells: dict[tuple[int, int], int] = {}
         self.steps: list[Step] = []
 

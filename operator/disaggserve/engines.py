@@ -157,6 +157,14 @@ def refuse_mixed(engine: Engine, kinds: int) -> str | None:
     return None
 
 
+def refuse_chunk(engine: Engine, chunk: int | None) -> str | None:
+    """Why the engine cannot take prompts so in instances that prefill and decode (None: whole, before any decode step), or
+    None. It can be simulated all the same: older versions did."""
+    if engine is VLLM and chunk is None:
+        return "vllm cuts prompts to what is left of its step, and never takes them whole before it decodes"
+    return None
+
+
 def computes(engine: Engine, tp: int, pp: int) -> bool:
     """Whether this release can have the engine really compute the shape (torch: one GPU)."""
     return engine is TORCH and tp == 1 and pp == 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import pytest
@@ -360,14 +362,35 @@ def test_killed_before_every_write_of_a_role_change_the_end_is_the_same(bench: A
     bench(test)
 
 
+class TwoAtOnce(ThreadPoolExecutor):
+    """The first two searches end only when both have begun."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.begun, self._both = 0, threading.Barrier(2, timeout=60)
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        self.begun += 1
+        together = self.begun <= 2
+
+        def search() -> T:
+            if together:
+                self._both.wait()
+            return fn(*args, **kwargs)
+
+        return super().submit(search)
+
+
 def test_two_resources_that_want_the_same_gpus(bench: Any) -> None:
     async def test(b: Bench) -> None:
         first, second = by_hand(5, 5), by_hand(5, 5)
         second = {**second, "metadata": {"name": "late", "namespace": "default"}}
         await b.apply(first)
         await b.apply(second)
-        operator = b.operator()
+        searches = TwoAtOnce()
+        operator = b.operator(pool=searches)
         await asyncio.gather(operator.reconcile("chat"), operator.reconcile("late"))
+        assert searches.begun == 3, "both searched at once on what was free, and who lost searched again"
         await b.settle(operator, "chat" if (await b.workers("chat")) else "late")
         names = [n for n in ("chat", "late") if await b.workers(n)]
         assert len(names) == 1, "one got them"

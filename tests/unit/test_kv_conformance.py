@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import itertools
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,6 +23,7 @@ import zmq
 
 from disaggserve import protocol
 from disaggworker.errors import Corrupted, HandoffGone, NotPaired, PeerLost, TransferError
+from disaggworker.kv import nixl
 from disaggworker.kv.blocks import BLOCK_TOKENS
 from disaggworker.kv.pool import Pool
 from disaggworker.kv.pull import KVClient, Pulled, Puller
@@ -32,7 +35,14 @@ KEY, PORT, LEASE_S, WAIT_S = "key", 5600, 30.0, 10.0
 LAYERS, HEADS, HEAD_DIM, BLOCKS = 4, 4, 8, 24
 _hosts = itertools.count(1)
 
-TRANSPORTS = ["zmq", "shm"]
+NIXL = any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13"))
+TRANSPORTS = [
+    "zmq",
+    "shm",
+    pytest.param(
+        "nixl", marks=pytest.mark.skipif(not NIXL, reason="NIXL is not installed (extra nixl-cu12)")
+    ),
+]
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -41,8 +51,22 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return request.param  # type: ignore[no-any-return]
 
 
+@pytest.fixture(autouse=True)
+def quiet_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NIXL's agents answer in a thread that never sleeps, unless they are told to: there are many here, and few cores."""
+    if not NIXL:
+        return
+    bindings = importlib.import_module(nixl.library().__name__ + "._bindings")
+
+    def agent(name: str, config: Any, make: Callable[[str, Any], Any] = bindings.nixlAgent) -> Any:
+        config.pthrDelay = 1000  # µs
+        return make(name, config)
+
+    monkeypatch.setattr(bindings, "nixlAgent", agent)
+
+
 def ways(transport: protocol.Way) -> list[OneSided]:
-    return [Shm()] if transport == "shm" else []
+    return {"zmq": list, "shm": lambda: [Shm()], "nixl": lambda: [nixl.Nixl()]}[transport]()  # type: ignore[operator]
 
 
 def a_host() -> str:
@@ -203,6 +227,29 @@ def decode(transport: protocol.Way, *args: Place, **more: object) -> Iterator[De
         made.close()
 
 
+def meanwhile(
+    monkeypatch: pytest.MonkeyPatch, transport: protocol.Way, here: Decode, action: Callable[[], None]
+) -> None:
+    """Do this once when a pull has written something; NIXL's is one write."""
+    done: list[bool] = []
+
+    def after(write: Callable[..., None], nth: int) -> Callable[..., None]:
+        count = itertools.count(1)
+
+        def written(*args: object) -> None:
+            write(*args)
+            if next(count) >= nth and not done:
+                done.append(True)
+                action()
+
+        return written
+
+    if transport == "nixl":
+        monkeypatch.setattr(nixl._Source, "read", after(nixl._Source.read, 1))
+    else:
+        monkeypatch.setattr(here.pool, "put", after(here.pool.put, 3))
+
+
 def until(true: Callable[[], bool], what: str) -> None:
     end = time.monotonic() + WAIT_S
     while not true():
@@ -279,15 +326,29 @@ def test_the_end_of_a_lease_frees_once_and_refuses_what_comes_late(transport: pr
 
 
 def test_a_lease_that_is_renewed_outlives_itself(transport: protocol.Way) -> None:
-    lease_s = 0.5
-    with prefill(transport, lease_s=lease_s) as made, decode(transport) as here:
+    """By a decode worker that has waited for two leases, and goes on to say so while it pulls."""
+    with prefill(transport, lease_s=0.5) as made, decode(transport) as here:
         handoff = made.hold(THEIRS)
-        end = time.monotonic() + 2 * lease_s
-        while time.monotonic() < end:
-            release(handoff, "renew")
-            time.sleep(lease_s / 10)
-        here.pull(handoff, MINE)
+
+        async def wait_and_pull() -> None:
+            client = KVClient(KEY)
+            client.puller = here.puller
+
+            async def renew() -> None:
+                while True:
+                    await client.renew(handoff)
+                    await asyncio.sleep(handoff.lease_s / 5)
+
+            renewing = asyncio.create_task(renew())
+            await asyncio.sleep(2 * handoff.lease_s)
+            await client.pull(handoff, MINE)
+            renewing.cancel()
+            client.puller = None
+            await client.close()
+
+        asyncio.run(wait_and_pull())
         assert here.has(made, THEIRS, MINE)
+        assert made.freed == 0
 
 
 def test_another_generation_is_refused(transport: protocol.Way) -> None:
@@ -369,54 +430,63 @@ def test_kv_of_another_shape_is_refused(transport: protocol.Way) -> None:
 # ------------------------------------------------------------------------------ ends
 
 
-def _serve(transport: protocol.Way, host: str, lease_s: float, ready: object) -> None:
-    made = Prefill(transport, layers=8, host=host, lease_s=lease_s)
+def _serve(transport: protocol.Way, host: str, pipe: int) -> None:
+    """A prefill instance, until the process is killed."""
+    made = Prefill(transport, layers=8, host=host)
     made.hold(list(range(22)))
-    ready.set()  # type: ignore[attr-defined]
+    os.write(pipe, b".")
     signal.pause()
 
 
+def _start(transport: protocol.Way, host: str, pipe: int) -> int:
+    if transport != "nixl":
+        if pid := os.fork():
+            return pid
+        _serve(transport, host, pipe)
+    # UCX does not survive a fork of a process that uses it.
+    script = f"import runpy; runpy.run_path({__file__!r})['_serve']({transport!r}, {host!r}, {pipe})"
+    return subprocess.Popen([sys.executable, "-c", script], pass_fds=[pipe]).pid
+
+
 @contextlib.contextmanager
-def far(transport: protocol.Way) -> Iterator[tuple[BaseProcess, protocol.Handoff]]:
-    """A prefill instance in a process of its own; it can be killed."""
-    fork = multiprocessing.get_context("fork")
-    host, ready = a_host(), fork.Event()
-    process = fork.Process(target=_serve, args=(transport, host, LEASE_S, ready))
-    process.start()
+def far(transport: protocol.Way) -> Iterator[tuple[Callable[[], None], protocol.Handoff]]:
+    """A hand-off of a prefill instance in a process of its own, and what kills it."""
+    host, killed = a_host(), False
+    here, there = os.pipe()
+    pid = _start(transport, host, there)
+    os.close(there)
+
+    def kill() -> None:
+        nonlocal killed
+        if not killed:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        killed = True
+
     try:
-        assert ready.wait(WAIT_S)
+        assert os.read(here, 1), "it is not there"
         at = Prefill.__new__(Prefill)
         at.host, at.lease_s, at.servers = host, LEASE_S, []
-        yield process, at.handoff(list(range(22)), ranks=1)
+        yield kill, at.handoff(list(range(22)), ranks=1)
     finally:
-        process.kill()
-        process.join()
+        kill()
+        os.close(here)
 
 
 def test_a_server_killed_before_the_pull(transport: protocol.Way) -> None:
-    with far(transport) as (process, handoff), decode(transport, layers=8) as here:
+    with far(transport) as (kill, handoff), decode(transport, layers=8) as here:
         here.pull(handoff, list(range(22)))
-        process.kill()
-        process.join()
+        kill()
         for _ in range(2):  # on the old connection, and on a new one
             with pytest.raises(PeerLost, match=f"{handoff.host}:{PORT} does not answer"):
                 here.pull(handoff, list(range(22)))
 
 
 def test_a_server_killed_in_mid_pull(transport: protocol.Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    with far(transport) as (process, handoff), decode(transport, layers=8) as here:
-        put, puts = here.pool.put, itertools.count()
-
-        def deadly(*args: object) -> None:
-            put(*args)  # type: ignore[arg-type]
-            if next(puts) == 2:
-                process.kill()
-                process.join()
-
-        monkeypatch.setattr(here.pool, "put", deadly)
+    with far(transport) as (kill, handoff), decode(transport, layers=8) as here:
+        meanwhile(monkeypatch, transport, here, kill)
         with pytest.raises(PeerLost):
             here.pull(handoff, list(range(22)))
-        assert next(puts) > 2
 
 
 def test_a_hand_off_dropped_in_mid_pull(transport: protocol.Way, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,16 +494,14 @@ def test_a_hand_off_dropped_in_mid_pull(transport: protocol.Way, monkeypatch: py
     shape = {"layers": 8}
     blocks = list(range(22))
     with prefill(transport, **shape) as made, decode(transport, **shape) as here:
-        handoff, put, puts = made.hold(blocks), here.pool.put, itertools.count()
+        handoff = made.hold(blocks)
 
-        def reuse(*args: object) -> None:
-            put(*args)  # type: ignore[arg-type]
-            if next(puts) == 2:
-                made.servers[0].drop("h")
-                for tensor in (*made.pools[0].keys, *made.pools[0].values):
-                    tensor.fill_(9)
+        def reuse() -> None:
+            made.servers[0].drop("h")
+            for tensor in (*made.pools[0].keys, *made.pools[0].values):
+                tensor.fill_(9)
 
-        monkeypatch.setattr(here.pool, "put", reuse)
+        meanwhile(monkeypatch, transport, here, reuse)
         with pytest.raises(HandoffGone):
             here.pull(handoff, blocks)
         assert made.freed == 1
@@ -462,14 +530,13 @@ def test_a_pull_that_is_cancelled_writes_nothing_more(
     shape = {"layers": 8}
     blocks = list(range(22))
     with prefill(transport, **shape) as made, decode(transport, **shape) as here:
-        handoff, put, begun, go = made.hold(blocks), here.pool.put, threading.Event(), threading.Event()
+        handoff, begun, go = made.hold(blocks), threading.Event(), threading.Event()
 
-        def slow(*args: object) -> None:
+        def slow() -> None:
             begun.set()
             go.wait(WAIT_S)
-            put(*args)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(here.pool, "put", slow)
+        meanwhile(monkeypatch, transport, here, slow)
 
         async def cancel() -> None:
             client = KVClient(KEY)
@@ -487,7 +554,6 @@ def test_a_pull_that_is_cancelled_writes_nothing_more(
             await client.close()
 
         asyncio.run(cancel())
-        monkeypatch.setattr(here.pool, "put", put)
         here.pull(handoff, blocks)
         assert here.has(made, blocks, blocks)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from disaggworker.engine.runner import Runner
+from disaggworker.engine.runner import Pending, Runner
 from disaggworker.engine.sampling import choose
 from disaggworker.engine.scheduler import Batch, Scheduler
 from disaggworker.engine.sequence import Sampling, Sequence, Token
@@ -25,12 +25,21 @@ _SLACK_S = 0.003
 
 @dataclasses.dataclass(eq=False)
 class _Flight:
-    """A step in flight: computed, and reported when its time is over."""
+    """A step in flight: reported when its logits have come and its time is over."""
 
     batch: Batch
-    answers: dict[Sequence, Token]
-    due_s: float
-    lane: int
+    answered: list[Sequence]
+    pending: Pending
+    answers: dict[Sequence, Token] | None = None  # until its logits have come
+    due_s: float = 0.0
+    lane: int = 0
+
+    def land(self) -> dict[Sequence, Token]:
+        """Choose the next token of everybody who is answered; waits for the logits."""
+        if self.answers is None:
+            tokens = choose(self.pending.logits(), self.answered)
+            self.answers = dict(zip(self.answered, tokens, strict=True))
+        return self.answers
 
 
 class Engine:
@@ -53,7 +62,8 @@ class Engine:
         self._ends, self._sink, self._clock = ends, sink, clock
         self.hold: Callable[[Sequence], None] | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._pipeline = Pipeline(pace.times.pp if pace else 1)
+        self._pipeline = Pipeline(pace.times.pp if pace else runner.stages)
+        runner.on_ready = lambda: self.post(lambda: None)
         self._flying: list[_Flight] = []
         self._idle = True  # nothing was runnable at the last look
         self._boundary_s = 0.0  # when the last step was due
@@ -142,8 +152,8 @@ class Engine:
         self._report(now)
         if self._launch(now):
             return now
-        due = [flight.due_s for flight in self._flying]
-        if 0 < len(due) < self._pipeline.stages and not self._idle:
+        due = [flight.due_s for flight in self._flying if flight.answers is not None]
+        if 0 < len(self._flying) < self._pipeline.stages and not self._idle:
             due.append(self._pipeline.free_s)
         return min(due, default=None)
 
@@ -187,16 +197,17 @@ class Engine:
             sequence.in_flight += 1
             sequence.scheduled_s = sequence.scheduled_s or now
         stage_s = self.pace.stage_s(batch) if self.pace else 0.0
-        answers = self.compute(batch)
+        flight = self._begin(batch)
+        if flight.pending.ready:
+            flight.land()
         done = self._clock()
         self.steps += 1
-        if not self.pace:
-            due = done
-        else:
-            due = self._pipeline.enter(start, stage_s)
+        flight.due_s, flight.lane = done, lane
+        if self.pace:
+            flight.due_s = self._pipeline.enter(start, stage_s)
             # The same for every pipeline: what is late is a stage that the next batch cannot enter in time.
             self.late_steps += done - start > 1.1 * stage_s
-        self._flying.append(_Flight(batch, answers, due, lane))
+        self._flying.append(flight)
         return True
 
     def _next(self) -> tuple[Batch, int] | None:
@@ -209,16 +220,18 @@ class Engine:
 
     def compute(self, batch: Batch) -> dict[Sequence, Token]:
         """Compute the batch's tokens into the blocks of their sequences; the next token of each that is then complete."""
+        return self._begin(batch).land()
+
+    def _begin(self, batch: Batch) -> _Flight:
         work = batch.shares()
         step = lay_out(work)
         for sequence, count in work:
             sequence.computed += count
-        answered = [work[row][0] for row in step.answers]
-        return dict(zip(answered, choose(self.runner.begin(step).logits(), answered), strict=True))
+        return _Flight(batch, [work[row][0] for row in step.answers], self.runner.begin(step))
 
     def _report(self, now: float) -> None:
         """Hand over the tokens of every step whose time is over."""
-        for flight in [flight for flight in self._flying if flight.due_s <= now]:
+        for flight in [f for f in self._flying if f.pending.ready and f.due_s <= now]:
             self._flying.remove(flight)
             self._boundary_s = flight.due_s
             decoded = [self._advance(sequence, flight, joined=True) for sequence in flight.batch.decodes]
@@ -234,7 +247,7 @@ class Engine:
             self.scheduler.leave(sequence)
             return None
         self.scheduler.computed(sequence)
-        token = flight.answers.get(sequence)
+        token = flight.land().get(sequence)
         if token is None:
             return None
         sequence.output.append(token.id)

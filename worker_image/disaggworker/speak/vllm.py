@@ -31,7 +31,7 @@ from disaggserve.protocol import Handoff
 from disaggworker import openai
 from disaggworker.engine.detokenize import TextStream
 from disaggworker.engine.engine import Engine, Event
-from disaggworker.engine.parallel.stage import room
+from disaggworker.engine.parallel.stage import total_blocks
 from disaggworker.engine.runner import Runner
 from disaggworker.engine.scheduler import Scheduler
 from disaggworker.engine.sequence import Sequence, Token
@@ -167,8 +167,7 @@ class Server:
             torch.set_num_threads(1)
             with torch.inference_mode():
                 model, ends = load(config.weights, config.dtype)
-                emulated = self._pace.blocks if self._pace and not config.kv_blocks else 0
-                blocks = emulated or room(config, model)
+                blocks = total_blocks(config, self._pace, model)
                 pool = Pool(model.layers, model.kv_heads, model.head_dim, blocks, model.dtype, model.device)
                 longest = min(config.context_length or model.max_positions, model.max_positions)
                 self._text = Text(config.weights, min(longest, blocks * BLOCK_TOKENS))
@@ -391,6 +390,7 @@ class Server:
             self._figures.pulled_tokens += sequence.length
         except TransferError as e:
             self._failed_pulls += 1
+            print(f"A pull failed: {e}", file=sys.stderr)
             raise _Failed from e
         finally:
             renewing.cancel()

@@ -29,12 +29,11 @@ from disaggworker.config import Config
 from disaggworker.engine.engine import Engine, Event
 from disaggworker.engine.parallel.rank import follow
 from disaggworker.engine.parallel.ranks import Ranks
-from disaggworker.engine.parallel.stage import lead, room
+from disaggworker.engine.parallel.stage import lead, pool_of, total_blocks
 from disaggworker.engine.runner import Runner
 from disaggworker.engine.scheduler import Scheduler
 from disaggworker.errors import RequestError, StartError, TransferError, WorkerError
 from disaggworker.kv.blocks import BLOCK_TOKENS, BlockManager
-from disaggworker.kv.pool import Pool
 from disaggworker.kv.pull import KVClient, Puller
 from disaggworker.kv.serve import KVServer
 from disaggworker.kv.shm import Shm
@@ -180,7 +179,7 @@ class Worker:
 
     def _prepare(self) -> Engine:
         """Raises `WorkerError`, and whatever torch and tokenizers raise."""
-        config = self.config
+        config, pace = self.config, self.pace
         runner: Runner
         with torch.inference_mode():
             if self._ranks:
@@ -193,14 +192,14 @@ class Worker:
         text = Text(config.weights, min(longest, runner.pool.limit * BLOCK_TOKENS))
         scheduler = Scheduler(
             BlockManager(runner.pool.limit, cache=config.prefix_cache),
-            batch_tokens=self.pace.batch_tokens if self.pace else _BATCH_TOKENS,
+            batch_tokens=pace.batch_tokens if pace else _BATCH_TOKENS,
             chunk=config.chunk,
-            lanes=self.pace.times.pp if self.pace else runner.stages,
+            lanes=pace.times.pp if pace else runner.stages,
         )
-        engine = Engine(runner, scheduler, ends, self.pace, self._sink)
+        engine = Engine(runner, scheduler, ends, pace, self._sink)
         with torch.inference_mode():
             engine.warm_up()
-        instance = Instance(config, self.pace, engine, text, self.metrics, self.book, self._loop)
+        instance = Instance(config, pace, engine, text, self.metrics, self.book, self._loop)
         self._kv_server.serve(runner.pool)
         self._kv_client.puller = Puller(
             config.pairing_key, runner.pool, ways=[Shm()], checksum=config.kv_checksum
@@ -219,19 +218,8 @@ class Worker:
             # The paced share two cores; and torch's own threads would have to wake for every small multiplication.
             torch.set_num_threads(1)
         model, ends = load(self.config.weights, self.config.dtype)
-        # A paced worker has the real GPU's.
-        emulated = self.pace.blocks if self.pace and not self.config.kv_blocks else 0
-        blocks = emulated or room(self.config, model)
-        pool = Pool(
-            model.layers,
-            model.kv_heads,
-            model.head_dim,
-            blocks,
-            model.dtype,
-            model.device,
-            shared=self.config.kv_share,
-        )
-        return Runner(model, pool), ends
+        blocks = total_blocks(self.config, self.pace, model)
+        return Runner(model, pool_of(self.config, model, blocks)), ends
 
     def _fail(self, fault: WorkerError) -> None:
         """End the worker, from any thread. Of several faults the first is told."""

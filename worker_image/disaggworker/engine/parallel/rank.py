@@ -13,10 +13,9 @@ from disaggworker.config import Config
 from disaggworker.engine.parallel.group import Group, join_store
 from disaggworker.engine.parallel.part import Part
 from disaggworker.engine.parallel.ranks import End, Failed, Link, Loaded, Meet, Note, Run, Serve
-from disaggworker.engine.parallel.stage import Stage, load_share, room
+from disaggworker.engine.parallel.stage import Stage, load_share, pool_of, total_blocks
 from disaggworker.engine.runner import Runner
 from disaggworker.errors import StartError
-from disaggworker.kv.pool import Pool
 from disaggworker.model.load import device_of
 
 
@@ -65,10 +64,10 @@ def _follow(config: Config, rank: int, link: Link, attend: Attend) -> None:
     device = device_of(rank, config.tp * config.pp)
     group = Group(join_store(meet.port, config.tp * config.pp), config.tp, config.pp, rank, device)
     model, _ = load_share(config, rank, group)
-    link.say(Loaded(room(config, model)))
+    link.say(Loaded(total_blocks(config, None, model)))
     serve = link.hear()
     assert isinstance(serve, Serve)
-    pool = Pool(model.layers, model.kv_heads, model.head_dim, serve.blocks, model.dtype, model.device)
+    pool = pool_of(config, model, serve.blocks)
     stage = Stage(Runner(model, pool), group)
     attendant = attend(Part.of(model, pool), lambda body: link.say(Note(body)))
     try:

@@ -18,6 +18,7 @@ from disaggworker.engine.step import Step
 from disaggworker.kv.pool import Pool, blocks_in_memory
 from disaggworker.model.load import Model, device_of, load
 from disaggworker.model.share import Share
+from disaggworker.pace import Pace
 
 
 def load_share(config: Config, rank: int, group: Group) -> tuple[Model, frozenset[int]]:
@@ -31,10 +32,28 @@ def load_share(config: Config, rank: int, group: Group) -> tuple[Model, frozense
     return load(config.weights, config.dtype, share)
 
 
-def room(config: Config, model: Model) -> int:
-    """KV blocks that this rank has memory for, or that the flag says. Raises `StartError`."""
-    return config.kv_blocks or blocks_in_memory(
-        model.layers, model.kv_heads, model.head_dim, model.dtype, model.device
+def total_blocks(config: Config, pace: Pace | None, model: Model) -> int:
+    """KV blocks beside what is loaded here: the real GPU's when paced, else what the flag or the memory says.
+
+    Raises `StartError`.
+    """
+    if config.kv_blocks:
+        return config.kv_blocks
+    if pace:
+        return pace.blocks
+    return blocks_in_memory(model.layers, model.kv_heads, model.head_dim, model.dtype, model.device)
+
+
+def pool_of(config: Config, model: Model, blocks: int) -> Pool:
+    """Memory for so many KV blocks of what this rank computes."""
+    return Pool(
+        model.layers,
+        model.kv_heads,
+        model.head_dim,
+        blocks,
+        model.dtype,
+        model.device,
+        shared=config.kv_share,
     )
 
 
@@ -128,7 +147,7 @@ def lead(config: Config, ranks: Ranks) -> tuple[Lead, frozenset[int]]:
     ranks.order(Meet(port))
     group = Group(store, config.tp, config.pp, 0, device)
     model, ends = load_share(config, 0, group)
-    total = min(room(config, model), ranks.loaded())
+    total = min(total_blocks(config, None, model), ranks.loaded())
     ranks.order(Serve(total))
-    pool = Pool(model.layers, model.kv_heads, model.head_dim, total, model.dtype, model.device)
+    pool = pool_of(config, model, total)
     return Lead(model, pool, group, ranks), ends
