@@ -1,4 +1,4 @@
-"""`disaggworker prefill|decode|router|fetch|profile …`: the data plane's processes."""
+"""`disaggworker prefill|decode|pair|router|fetch|profile …`: the data plane's processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 from disaggworker.errors import StartError, WorkerError
 
-_USAGE = "usage: disaggworker prefill|decode|router|fetch|profile|--speak vllm [flags]; each knows --help"
+_USAGE = (
+    "usage: disaggworker prefill|decode|pair|router|fetch|profile|--speak vllm [flags]; each knows --help"
+)
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
 _FILES += ["special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"]
@@ -25,6 +27,10 @@ def main(argv: list[str] | None = None) -> int:
                 from disaggworker.worker.main import run
 
                 return run(argv)
+            case "pair":
+                from disaggworker.worker.pair import run as run_pair
+
+                return run_pair(argv[1:])
             case "router":
                 from disaggworker.router.main import run as run_router
 
