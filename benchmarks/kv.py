@@ -81,7 +81,7 @@ def serve(pipe: Connection, way: str, megabytes: float, port: int) -> None:
     server.serve(pool)
     blocks = scattered(megabytes, 1)
     server.hold("h", 1, blocks, [0] * (len(blocks) * BLOCK_TOKENS), lambda: None)
-    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.bind(f"tcp://{HOST}:{port + 1}")
     layers, count = shape(megabytes)
@@ -101,7 +101,7 @@ def serve(pipe: Connection, way: str, megabytes: float, port: int) -> None:
 
 
 def bare_zmq(port: int, megabytes: float) -> Callable[[], None]:
-    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(f"tcp://{HOST}:{port + 1}")
     layers, count = shape(megabytes)

@@ -90,12 +90,15 @@ def _field(path: str) -> dict[str, Any]:
     return {"fieldRef": {"fieldPath": path}}
 
 
-def _env(pod: PodSpec, engine: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def _env(
+    pod: PodSpec, engine: Mapping[str, str] | None = None, labels: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     downward = {
         "POD_IP": "status.podIP",
         "POD_NAME": "metadata.name",
         "POD_NAMESPACE": "metadata.namespace",
         "NODE_NAME": "spec.nodeName",
+        **{name: f"metadata.labels['{label}']" for name, label in (labels or {}).items()},
     }
     own: list[dict[str, Any]] = [{"name": n, "valueFrom": _field(path)} for n, path in downward.items()]
     own += [{"name": name, "value": value} for name, value in (engine or {}).items()]
@@ -205,6 +208,7 @@ class _Served:
     ready: str  # path that answers 200 only when requests can be served
     image: str = ""  # where the spec names none; empty: the release's own
     env: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)  # by the name of the variable that gives each
     drain: tuple[str, ...] = ()  # before SIGTERM; ends when nothing is in flight
 
 
@@ -213,7 +217,10 @@ def _torch(spec: Spec, slot: Slot, context_length: int) -> _Served:
     command += ["--served-name", spec.model.name, "--tp", str(slot.tp), "--pp", str(slot.pp)]
     command += ["--context-length", str(context_length), "--dtype", spec.model.dtype]
     command += ["--pairing-key", slot.pairing_key, "--port", str(HTTP_PORT), "--kv-port", str(KV_PORT)]
-    return _Served(tuple(command), "/ready")
+    if slot.chunk is not None:
+        command += ["--chunk", str(slot.chunk)]
+    # The command says what the pod was made for; a container that starts again is what the pod has become.
+    return _Served(tuple(command), "/ready", labels={"WORKER_ROLE": ROLE, "WORKER_CHUNK": CHUNK})
 
 
 # vLLM goes on answering /health with 200 while it drains, and answers new requests with 500: so it is emptied before it is
@@ -253,6 +260,8 @@ def _vllm(spec: Spec, slot: Slot, context_length: int) -> _Served:
     command += ["--kv-cache-dtype", spec.model.kv_dtype, "--block-size", str(engine.block_tokens)]
     command += ["--host", "$(POD_IP)", "--port", str(HTTP_PORT)]
     command += ["--kv-transfer-config", json.dumps(transfer, sort_keys=True)]
+    if slot.chunk is not None:
+        command += ["--max-num-batched-tokens", str(slot.chunk)]
     # The default, 0, would cut off what is in flight at SIGTERM.
     command += ["--shutdown-timeout", str(int(seconds(spec.rollout.drain_timeout)))]
     # When its first token came, which an answer in one piece hides and the router must know; what of the prompt was cached.
@@ -265,7 +274,7 @@ def _vllm(spec: Spec, slot: Slot, context_length: int) -> _Served:
         "VLLM_NO_USAGE_STATS": "1",
     }
     drain = ("python3", "-c", _VLLM_DRAIN.strip().replace("PORT", str(HTTP_PORT)))
-    return _Served(tuple(command), "/health", engine.image, env, drain)
+    return _Served(tuple(command), "/health", engine.image, env, drain=drain)
 
 
 def worker_pod(
@@ -301,7 +310,7 @@ def worker_pod(
         "name": "worker",
         "image": spec.engine.image or served.image or images.worker,
         "command": [*served.command, *spec.engine.args],
-        "env": _env(pod, served.env),
+        "env": _env(pod, served.env, served.labels),
         "ports": [{"name": "http", "containerPort": HTTP_PORT}, {"name": "kv", "containerPort": KV_PORT}],
         "resources": _resources(pod, {GPU_RESOURCE: slot.gpus}, WORKER_MEMORY),
         "securityContext": _security(pod),

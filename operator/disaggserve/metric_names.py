@@ -60,6 +60,7 @@ ROUTER_QUEUED = "disaggserve_router_queued"
 WORKER_STEPS = "disaggserve_worker_steps_total"
 WORKER_LATE_STEPS = "disaggserve_worker_late_steps_total"
 WORKER_EMULATED = "disaggserve_worker_emulated"
+WORKER_ROLE = "disaggserve_worker_role"  # {role}
 WORKER_KV_PULLS = "disaggserve_worker_kv_pulls_total"
 
 VLLM_TTFT = "vllm:time_to_first_token_seconds"
@@ -74,6 +75,8 @@ VLLM_QUEUE_TIME = "vllm:request_queue_time_seconds"
 VLLM_PREFILL_TIME = "vllm:request_prefill_time_seconds"
 VLLM_DECODE_TIME = "vllm:request_decode_time_seconds"
 VLLM_PREEMPTIONS = "vllm:num_preemptions_total"
+VLLM_CACHE_QUERIES = "vllm:prefix_cache_queries_total"
+VLLM_CACHE_HITS = "vllm:prefix_cache_hits_total"
 VLLM_PROMPT_TOKENS_BY_SOURCE = "vllm:prompt_tokens_by_source_total"  # {source}
 PULLED = "external_kv_transfer"  # the source of what was pulled
 VLLM_KV_EXPIRED = "vllm:nixl_num_kv_expired_reqs_total"  # on prefill
@@ -103,6 +106,7 @@ HELP = {
     WORKER_LATE_STEPS: "Paced steps whose own computation took over 10 % longer than the pace.",
     WORKER_KV_PULLS: "Hand-offs whose KV was pulled, by the transport that its bytes took.",
     WORKER_EMULATED: "1 where the time of a real GPU is kept by waiting, 0 where it is the hardware's own.",
+    WORKER_ROLE: "1 for the role that the worker has at present.",
     VLLM_TTFT: "Arrival at this worker to its first token, in seconds.",
     VLLM_INTER_TOKEN: "Time between two tokens of a request, in seconds.",
     VLLM_TPOT: "Mean time per output token of a request, in seconds.",
@@ -115,6 +119,8 @@ HELP = {
     VLLM_PREFILL_TIME: "Time that a request's prefill took, in seconds.",
     VLLM_DECODE_TIME: "Time from a request's first token to its last, in seconds.",
     VLLM_PREEMPTIONS: "Requests put back for want of KV blocks.",
+    VLLM_CACHE_QUERIES: "Prompt tokens that were looked up in the prefix cache.",
+    VLLM_CACHE_HITS: "Prompt tokens that the prefix cache had.",
     VLLM_PROMPT_TOKENS_BY_SOURCE: "Prompt tokens by where their KV came from.",
     VLLM_KV_EXPIRED: "Requests whose KV nobody fetched before its lease ended.",
     VLLM_KV_LATE: "Fetches of KV whose lease had ended: what they got may be another request's.",

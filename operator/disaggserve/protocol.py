@@ -42,6 +42,7 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True):
     first_token_id: int
     text: str  # what the first token shows; empty while a character or a stop string is incomplete
     prompt_tokens: int
+    cached_tokens: int = 0  # of them, found in the prefill worker's prefix cache
     host: str  # where the prefill worker's KV socket is
     port: int  # of rank 0; rank r's is r higher
     ranks: int = 1  # processes that hold parts of the KV: tensor ranks × pipeline stages

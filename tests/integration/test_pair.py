@@ -49,7 +49,18 @@ def pair(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     folder = make_tiny("facebook/opt-13b", tmp_path)
     shared = ["--model", "m", "--weights", str(folder), "--pairing-key", "k", "--kv-blocks", "64"]
     argv = [sys.executable, "-m", "disaggworker", "pair", "--ready-port", str(READY)]
-    argv += ["prefill", *shared, "--port", str(PREFILL), "decode", *shared, "--port", str(DECODE)]
+    argv += [
+        "prefill",
+        *shared,
+        "--port",
+        str(PREFILL),
+        "decode",
+        *shared,
+        "--port",
+        str(DECODE),
+        "--kv-port",
+        "5700",
+    ]
     path = os.pathsep.join(str(ROOT / part) for part in ("operator", "worker_image"))
     process = subprocess.Popen(
         argv, env=os.environ | {"PYTHONPATH": path, "POD_IP": HOST}, stderr=subprocess.PIPE
@@ -90,7 +101,7 @@ def test_a_pair_hands_over_through_memory_and_ends_as_one(pair: subprocess.Popen
     ("argv", "words"),
     [
         (["prefill", "--port", "1"], "'decode' is there 0 times"),
-        (["prefill", "--port", "8000", "decode"], "both workers have --port 8000"),
+        (["prefill", "--port", "8000", "--tp", "2", "decode"], "both workers have port 5600, 8000"),
         (["--colour", "red", "prefill", "decode", "--port", "1"], "unrecognized arguments: --colour red"),
     ],
 )
@@ -101,8 +112,9 @@ def test_what_is_no_pair_is_refused(argv: list[str], words: str) -> None:
 
 def test_each_worker_has_its_own_flags_and_gpus() -> None:
     found = read(
-        ["--prefill-gpus", "0,1", "prefill", "--tp", "2", "decode", "--port", "9"], {"POD_IP": "1.2.3.4"}
+        ["--prefill-gpus", "0,1", "prefill", "--tp", "2", "decode", "--port", "9", "--kv-port", "5602"],
+        {"POD_IP": "1.2.3.4"},
     )
     assert (found.host, found.prefill.gpus, found.decode.gpus) == ("1.2.3.4", "0,1", None)
     assert found.prefill.argv()[2:] == ["disaggworker", "prefill", "--tp", "2", "--kv-share"]
-    assert found.decode.argv()[2:] == ["disaggworker", "decode", "--port", "9"]
+    assert found.decode.argv()[2:] == ["disaggworker", "decode", "--port", "9", "--kv-port", "5602"]

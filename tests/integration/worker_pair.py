@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 _NET = f"127.0.{21 + os.getpid() % 200}"
 PREFILL, DECODE = f"{_NET}.1", f"{_NET}.2"
 PORT, KV_PORT = 8431, 5631
-DEADLINE_S = 60.0
+DEADLINE_S = 150.0  # a worker imports torch: seconds, or a minute on a machine that is busy
 
 Body = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""`disaggworker prefill|decode|pair|router|fetch|profile …`: the data plane's processes."""
+"""`disaggworker prefill|decode|mixed|pair|router|fetch|profile …`: the data plane's processes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Sequence
 
 from disaggworker.errors import StartError, WorkerError
 
-_USAGE = (
-    "usage: disaggworker prefill|decode|pair|router|fetch|profile|--speak vllm [flags]; each knows --help"
-)
+_USAGE = "usage: disaggworker prefill|decode|mixed|pair|router|fetch|profile|--speak vllm [flags]; each knows --help"
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
 _FILES += ["special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"]
@@ -22,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     command = argv[0] if argv else ""
     try:
         match command:
-            case "prefill" | "decode":
+            case "prefill" | "decode" | "mixed":
                 # torch takes seconds to import: only who needs it pays.
                 from disaggworker.worker.main import run
 

@@ -8,11 +8,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from disaggworker.errors import StartError
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "mixed"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class PaceFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A prefill or decode worker's settings."""
+    """A worker's settings; `role` is the one that it begins with."""
 
     role: Role
     model: str
@@ -43,6 +44,8 @@ class Config:
     served_name: str
     pace: PaceFacts | None
     kv_blocks: int  # 0 = what fits
+    chunk: int  # tokens of a step with prompts in it; 0 = whole prompts
+    prefix_cache: bool  # keep the KV of prompts and answers for others that begin alike
     lease_s: float
     kv_share: bool  # the KV pool is memory that another process of this host may map
     kv_checksum: bool  # pulled KV is held against checksums
@@ -61,7 +64,7 @@ def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
     env = os.environ if env is None else env
     parser = _Parser(prog="disaggworker", allow_abbrev=False)
     add = parser.add_argument
-    add("role", choices=["prefill", "decode"])
+    add("role", choices=ROLES, help="mixed does both; POST /role changes it")
     add("--model", required=True, help="Hugging Face id")
     add("--weights", required=True, type=Path, help="folder of safetensors, config.json and tokenizer.json")
     add("--tp", type=int, default=1, help="tensor-parallel GPUs")
@@ -74,6 +77,17 @@ def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
     add("--served-name", default="", help="name in /v1/models; default: --model")
     add("--pace", default="", help="JSON: keep a real GPU's time with a tiny model")
     add("--kv-blocks", type=int, default=0, help="KV blocks of 16 tokens; default: what memory holds")
+    add(
+        "--chunk",
+        type=int,
+        default=0,
+        help="tokens of a step: decodes, and prompts cut to what is left; 0: whole prompts",
+    )
+    add(
+        "--prefix-cache",
+        action=argparse.BooleanOptionalAction,
+        help="keep full KV blocks for prompts that begin alike; default: yes, but no with --pace, as plans assume",
+    )
     add("--lease-s", type=float, default=60.0, help="seconds that un-pulled KV is kept")
     add(
         "--kv-share",
@@ -86,11 +100,22 @@ def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
         if getattr(flags, name) < 1:
             raise StartError(f"--{name} is {getattr(flags, name)}; it must be at least 1.")
     pace = _pace(flags.pace) if flags.pace else None
-    if pace is None and flags.tp * flags.pp > 1:
-        raise StartError(
-            f"--tp {flags.tp} --pp {flags.pp}: this engine computes on one GPU only; give tp 1 and pp 1, or another engine."
-        )
-    values = vars(flags) | {"pace": pace, "served_name": flags.served_name or flags.model}
+    # A pod's labels outlive its containers: one that starts again takes the role that its pod was given last.
+    if role := env.get("WORKER_ROLE"):
+        if role not in ROLES:
+            raise StartError(f"WORKER_ROLE is {role!r}; it must be one of {', '.join(ROLES)}.")
+        flags.role = role
+        if not (env.get("WORKER_CHUNK") or "0").isdecimal():
+            raise StartError(f"WORKER_CHUNK is {env['WORKER_CHUNK']!r}; it must be a number of tokens.")
+        flags.chunk = int(env.get("WORKER_CHUNK") or 0)
+    if flags.chunk < 0:
+        raise StartError(f"--chunk is {flags.chunk}; it must be 0 (whole prompts) or a number of tokens.")
+    cache = pace is None if flags.prefix_cache is None else flags.prefix_cache
+    values = vars(flags) | {
+        "pace": pace,
+        "served_name": flags.served_name or flags.model,
+        "prefix_cache": cache,
+    }
     return Config(
         **values,
         pod_ip=env.get("POD_IP") or "127.0.0.1",

@@ -2,6 +2,7 @@
 
 WorkerError
 ├── StartError         a flag, file or shape is not what it must be: exit code 1
+├── RankLost           a process of this instance has ended: exit code 1
 ├── RequestError       the client's request is at fault or cannot be taken now: an HTTP status and OpenAI's error
 └── TransferError      the KV of a request cannot be had: HTTP 502
     ├── HandoffGone    the lease ended, or the blocks belong to somebody else
@@ -28,6 +29,10 @@ class WorkerError(Exception):
 
 class StartError(WorkerError):
     """The worker cannot start."""
+
+
+class RankLost(WorkerError):
+    """A rank of this instance has ended, and nothing can be computed without it."""
 
 
 class RequestError(WorkerError):

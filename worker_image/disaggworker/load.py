@@ -51,6 +51,17 @@ class Book:
             yield
 
     @contextlib.contextmanager
+    def whole(self, request: web.Request, prompt_tokens: int, made: Callable[[], int]) -> Iterator[None]:
+        """Both in one place: a prompt, and from its first token (`made` says how many) an answer that grows."""
+        asked = _Asked(
+            request.headers.get(ROUTER),
+            lambda: 0 if made() else prompt_tokens,
+            lambda: prompt_tokens + made() if made() else 0,
+        )
+        with self._counted(asked):
+            yield
+
+    @contextlib.contextmanager
     def _counted(self, asked: _Asked) -> Iterator[None]:
         self._asked.add(asked)
         try:

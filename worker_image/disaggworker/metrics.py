@@ -41,7 +41,7 @@ class Histogram:
 class Metrics:
     """The histograms of one worker; the gauges are given at the time of asking."""
 
-    def __init__(self, model_name: str, role: str) -> None:
+    def __init__(self, model_name: str) -> None:
         quoted = model_name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
         self._label = f'model_name="{quoted}"'
         self.ttft = Histogram(names.TTFT_BUCKETS)
@@ -53,25 +53,23 @@ class Metrics:
         self.decode = Histogram(names.TTFT_BUCKETS)
         self.generation_tokens = Histogram(_TOKEN_EDGES)
         self.pulls: Counter[str] = Counter()  # by transport
-        # Input lengths from prefill only, output lengths from decode only (REFERENCE § 7).
-        self._shown = {names.VLLM_QUEUE_TIME: self.queue} | (
-            {
-                names.VLLM_TTFT: self.ttft,
-                names.VLLM_PREFILL_TIME: self.prefill,
-                names.VLLM_PROMPT_TOKENS: self.prompt_tokens,
-            }
-            if role == "prefill"
-            else {
-                names.VLLM_INTER_TOKEN: self.inter_token,
-                names.VLLM_TPOT: self.tpot,
-                names.VLLM_DECODE_TIME: self.decode,
-                names.VLLM_GENERATION_TOKENS: self.generation_tokens,
-            }
-        )
+        # A role may change: every worker has all of them. Prefill fills the first four, decode the others (REFERENCE § 7).
+        self._shown = {
+            names.VLLM_TTFT: self.ttft,
+            names.VLLM_QUEUE_TIME: self.queue,
+            names.VLLM_PREFILL_TIME: self.prefill,
+            names.VLLM_PROMPT_TOKENS: self.prompt_tokens,
+            names.VLLM_INTER_TOKEN: self.inter_token,
+            names.VLLM_TPOT: self.tpot,
+            names.VLLM_DECODE_TIME: self.decode,
+            names.VLLM_GENERATION_TOKENS: self.generation_tokens,
+        }
 
-    def text(self, numbers: dict[str, float]) -> str:
+    def text(self, numbers: dict[str, float], role: str) -> str:
         """The whole exposition; `numbers` are gauges and, where a name ends in _total, counters."""
-        out: list[str] = []
+        name = names.WORKER_ROLE
+        out = [f"# HELP {name} {names.HELP[name]}", f"# TYPE {name} gauge"]
+        out.append(f'{name}{{{self._label},{names.ROLE_LABEL}="{role}"}} 1')
         for name, number in numbers.items():
             kind = "counter" if name.endswith("_total") else "gauge"
             out += [f"# HELP {name} {names.HELP[name]}", f"# TYPE {name} {kind}"]

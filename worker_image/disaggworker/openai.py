@@ -42,6 +42,7 @@ class Ask:
     chat: bool
     body: dict[str, Any]
     params: dict[str, Any]  # kv_transfer_params
+    whole: bool  # there are none: both halves of the answer are asked for
     max_tokens: int | None
     stops: tuple[str, ...]
     seed: int | None
@@ -75,12 +76,10 @@ def read(data: bytes, *, chat: bool) -> Ask:
         value = body.get(field)
         if value is not None and value not in nothing:
             raise RequestError(f"{field} is not supported by this engine.", param=field)
-    params = body.get("kv_transfer_params")
-    if not isinstance(params, dict):
-        raise RequestError(
-            "kv_transfer_params is missing: this worker serves one half of a request; send requests to the router.",
-            param="kv_transfer_params",
-        )
+    given = body.get("kv_transfer_params")
+    if given is not None and not isinstance(given, dict):
+        raise RequestError("kv_transfer_params must be an object.", param="kv_transfer_params")
+    params = given or {}
     # The router asks prefill for one token; what the client asked for travels beside it.
     client = {**body, **{k: params[k] for k in ("max_tokens", "stop") if k in params}}
     if chat and "max_tokens" not in params and body.get("max_completion_tokens") is not None:
@@ -94,6 +93,7 @@ def read(data: bytes, *, chat: bool) -> Ask:
         chat=chat,
         body=body,
         params=params,
+        whole=given is None,
         max_tokens=max_tokens,
         stops=_stops(client.get("stop")),
         seed=_integer(body, "seed", None, -(2**63), 2**63 - 1),
@@ -179,9 +179,15 @@ def error(message: str, status: int, param: str | None = None, code: str | None 
     return _encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
-def usage(prompt: int, completion: int) -> dict[str, int]:
-    """OpenAI's usage object."""
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+def usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
+    """OpenAI's usage object. `cached`: tokens of the prompt that were found in a prefix cache."""
+    found = {"prompt_tokens_details": {"cached_tokens": cached}} if cached else {}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        **found,
+    }
 
 
 def answer(
@@ -193,6 +199,7 @@ def answer(
     spelling: Spelling,
     *,
     prompt_tokens: int,
+    cached_tokens: int = 0,
     more: dict[str, Any] | None = None,
 ) -> bytes:
     """A whole answer."""
@@ -212,7 +219,7 @@ def answer(
             "created": created,
             "model": model,
             "choices": [choice],
-            "usage": usage(prompt_tokens, len(pieces)),
+            "usage": usage(prompt_tokens, len(pieces), cached_tokens),
             **(more or {}),
         }
     )
@@ -278,8 +285,8 @@ class Frames:
         reason = b'"%s"' % piece.finish.encode() if piece.finish else b"null"
         return self._frame % (_encode(piece.text), said, reason, ids)
 
-    def end(self, prompt: int, completion: int) -> bytes:
+    def end(self, prompt: int, completion: int, cached: int = 0) -> bytes:
         """The frames after the last token."""
         head, _, tail = self._usage.partition(b"%s")
-        counted = head + _encode(usage(prompt, completion)) + tail if self._usage else b""
+        counted = head + _encode(usage(prompt, completion, cached)) + tail if self._usage else b""
         return counted + b"data: [DONE]\n\n"

@@ -6,6 +6,7 @@ import dataclasses
 
 from disaggserve import catalogue, latency
 from disaggworker.config import Config
+from disaggworker.engine.scheduler import Batch
 from disaggworker.errors import StartError
 
 
@@ -58,6 +59,15 @@ class Pace:
                 f"--pace: {model.id} does not fit {config.tp * config.pp} {gpu.short} (tp {config.tp}, pp {config.pp})."
             )
         return cls(model, gpu, config.pace.rdma, times, blocks, saturation)
+
+    def stage_s(self, batch: Batch) -> float:
+        """Time of one stage for a step that is about to be computed, by the simulator's rules."""
+        times = self.times
+        # Who was put back is prefilled again, each alone, and the others wait.
+        owing = [(s.owed, s.computed) for s in batch.decodes + batch.owing if s.owed]
+        owed_s = sum(times.stage_s([missing], 0, 0) for missing in owing)
+        chunks = [(count, sequence.computed) for sequence, count in batch.prompts]
+        return owed_s + times.stage_s(chunks, len(batch.decodes), sum(s.length for s in batch.decodes))
 
     def transfer_s(self, tokens: int, prefill_gpu: str, prefill_rdma: bool) -> float:
         """Time for the real KV of `tokens` from a prefill worker on another GPU."""

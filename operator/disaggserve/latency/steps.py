@@ -1,6 +1,7 @@
 """Step times of one pipeline stage: the tables that the simulator's kernel and a paced worker both read.
 
 prefill stage = knots(Σlen) + quad·Σlen²              decode stage = base[batch] + ctx[batch]·Σ(context+1)
+both in one   = max(knots(Σchunk + batch), base[batch]) + quad·Σ(chunk² + 2·chunk·past) + ctx[batch]·Σ(context+1)
 """
 
 from __future__ import annotations
@@ -52,24 +53,32 @@ class StepTimes:
 
     def prefill_stage_s(self, lengths: Sequence[int]) -> float:
         """Seconds that one stage takes for a batch of prompts of these lengths (tokens)."""
-        total, squares = sum(lengths), sum(n * n for n in lengths)
-        return (
-            _piecewise(total, self.prefill_knots_tokens, self.prefill_knots_ns)
-            + self.prefill_quad_ns * squares
-        ) * 1e-9
+        return self.stage_s([(n, 0) for n in lengths], 0, 0)
 
     def decode_stage_s(self, batch: int, context_tokens: int) -> float:
         """Seconds that one stage takes for a decode step of `batch` requests.
 
         `context_tokens` is Σ (context + 1): every request's tokens so far and the one being made.
         """
-        base, slope = self.decode_base_ns, self.decode_ctx_ns
-        last = len(base) - 1
-        if batch <= last:
-            ns = float(base[batch])
-        else:
-            ns = float(base[last] + (base[last] - base[last - 1]) * (batch - last))
-        return (ns + float(slope[min(batch, last)]) * context_tokens) * 1e-9
+        return self.stage_s([], batch, context_tokens)
+
+    def stage_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_tokens: int) -> float:
+        """Seconds that one stage takes for a step with chunks of prompts beside `batch` requests that decode.
+
+        A chunk is its tokens and those of its prompt that were computed before. The matrix products of all tokens read
+        the weights once, so the larger of both forms holds for them, while attention adds up: the simulator's rule.
+        """
+        base, last = self.decode_base_ns, len(self.decode_base_ns) - 1
+        linear, attention = 0.0, 0.0
+        if chunks:
+            tokens = sum(n for n, _ in chunks) + batch
+            linear = _piecewise(tokens, self.prefill_knots_tokens, self.prefill_knots_ns)
+            attention = self.prefill_quad_ns * sum(n * (n + 2 * past) for n, past in chunks)
+        if batch:
+            beyond = max(batch - last, 0)
+            linear = max(linear, float(base[batch - beyond] + (base[last] - base[last - 1]) * beyond))
+            attention += float(self.decode_ctx_ns[batch - beyond]) * context_tokens
+        return (linear + attention) * 1e-9
 
 
 def _piecewise(x: float, knots: Ints, values: Floats) -> float:

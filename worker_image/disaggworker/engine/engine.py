@@ -6,13 +6,12 @@ import dataclasses
 import queue
 import time
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 
-from disaggworker.engine.runner import Runner
+from disaggworker.engine.runner import Pending, Runner
 from disaggworker.engine.sampling import choose
-from disaggworker.engine.scheduler import Scheduler
+from disaggworker.engine.scheduler import Batch, Scheduler
 from disaggworker.engine.sequence import Sampling, Sequence, Token
 from disaggworker.engine.step import lay_out
 from disaggworker.pace import Pace, Pipeline
@@ -25,21 +24,29 @@ _SLACK_S = 0.003
 
 
 @dataclasses.dataclass(eq=False)
-class _Step:
-    """A batch in flight: computed, and reported when its time is over."""
+class _Flight:
+    """A step in flight: reported when its logits have come and its time is over."""
 
-    kind: Literal["prefill", "decode"]
-    batch: list[Sequence]
-    tokens: list[Token]
-    due_s: float
+    batch: Batch
+    answered: list[Sequence]
+    pending: Pending
+    answers: dict[Sequence, Token] | None = None  # until its logits have come
+    due_s: float = 0.0
     lane: int = 0
+
+    def land(self) -> dict[Sequence, Token]:
+        """Choose the next token of everybody who is answered; waits for the logits."""
+        if self.answers is None:
+            tokens = choose(self.pending.logits(), self.answered)
+            self.answers = dict(zip(self.answered, tokens, strict=True))
+        return self.answers
 
 
 class Engine:
     """Steps of one instance.
 
-    `sink` gets the tokens of a step, in the engine's thread. `hold` takes a sequence whose prefill is done on an instance
-    that does not decode: its blocks stay until `release`. Everything else is called through `post`.
+    `sink` gets the tokens of a step, in the engine's thread. `hold` takes a sequence whose prefill is done and that is to
+    be handed off: its blocks stay until `release`. Everything else is called through `post`.
     """
 
     def __init__(
@@ -55,19 +62,24 @@ class Engine:
         self._ends, self._sink, self._clock = ends, sink, clock
         self.hold: Callable[[Sequence], None] | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._pipeline = Pipeline(pace.times.pp if pace else 1)
-        self._flying: list[_Step] = []
+        self._pipeline = Pipeline(pace.times.pp if pace else runner.stages)
+        runner.on_ready = lambda: self.post(lambda: None)
+        self._flying: list[_Flight] = []
         self._idle = True  # nothing was runnable at the last look
         self._boundary_s = 0.0  # when the last step was due
-        self._turn = -1  # the lane that stepped last
         self._closed = False
         self.steps = self.late_steps = 0
 
     @property
     def running(self) -> int:
         """Sequences in the running batch."""
-        prefilling = sum(len(step.batch) for step in list(self._flying) if step.kind == "prefill")
-        return self.scheduler.running + prefilling
+        return self.scheduler.running + sum(len(flight.batch.prompts) for flight in list(self._flying))
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a place in the batch."""
+        scheduler = self.scheduler
+        return len(scheduler.prompts) + len(scheduler.waiting) + len(scheduler.preempted)
 
     # ------------------------------------------------------------------------------ from other threads
 
@@ -90,6 +102,7 @@ class Engine:
                 return self.scheduler.leave(sequence)
             sequence.prompt = prompt
             sequence.computed = sequence.length - 1
+            self.scheduler.computed(sequence)
             return self.scheduler.join(sequence)
 
         self.post(act)
@@ -99,8 +112,7 @@ class Engine:
 
         def act() -> None:
             sequence.aborted = True
-            if not sequence.in_flight and not sequence.pulling:
-                self.scheduler.leave(sequence)
+            self.scheduler.leave(sequence)
 
         self.post(act)
 
@@ -125,41 +137,43 @@ class Engine:
         probe = Sequence(
             [0] * 15, sampling=Sampling(temperature=0.0), max_tokens=2, on_token=lambda _t, _f: None, kv=owned
         )
-        probe.output = [token.id for token in self.compute([(probe, 15)])]
-        self.compute([(probe, 1)])
+        probe.output.append(self.compute(Batch([], [], [(probe, 15)]))[probe].id)
+        self.compute(Batch([probe], [], []))
         self.scheduler.blocks.release(owned)
 
     def run(self) -> None:
         """Take steps until `close`."""
         with torch.inference_mode():
             while not self._closed:
-                self._report(self._clock())
-                if not self._launch(self._clock()):
-                    self._wait()
+                self._wait(self.turn(self._clock()))
 
-    def _wait(self) -> None:
-        """Until something is due or posted; then do everything that was posted."""
-        due = [step.due_s for step in self._flying]
+    def turn(self, now: float) -> float | None:
+        """Report what is over at this time and begin what can begin. When to look again; None: once something is posted."""
+        self._report(now)
+        if self._launch(now):
+            return now
+        due = [flight.due_s for flight in self._flying if flight.answers is not None]
         if 0 < len(self._flying) < self._pipeline.stages and not self._idle:
             due.append(self._pipeline.free_s)
-        timeout = max(0.0, min(due) - self._clock()) if due else None
+        return min(due, default=None)
+
+    def _wait(self, until: float | None) -> None:
+        """Until then, or until something is posted, which is done."""
+        timeout = None if until is None else max(0.0, until - self._clock())
         try:
             action = self._inbox.get(timeout=timeout) if timeout != 0.0 else self._inbox.get_nowait()
         except queue.Empty:
             return
-        while True:
-            action()
-            try:
-                action = self._inbox.get_nowait()
-            except queue.Empty:
-                return
+        action()
+        self._drain()
 
     def _drain(self) -> None:
         while True:
             try:
-                self._inbox.get_nowait()()
+                action = self._inbox.get_nowait()
             except queue.Empty:
                 return
+            action()
 
     def _launch(self, now: float) -> bool:
         """Begin a step if the first stage is free and somebody is ready; True if so."""
@@ -171,74 +185,70 @@ class Engine:
         if len(self._flying) >= self._pipeline.stages or now < self._pipeline.free_s:
             self._idle = False
             return False
-        step = self._next()
-        if step is None:
+        found = self._next()
+        if found is None:
             self._idle = True
             return False
-        kind, batch, lane = step
+        batch, lane = found
         boundary = max(self._boundary_s, self._pipeline.free_s)
         start = boundary if not self._idle and now - boundary < _SLACK_S else now
         self._idle = False
-        stage_s = 0.0
-        for sequence in batch:
-            sequence.in_flight = True
+        for sequence, _ in batch.shares():
+            sequence.in_flight += 1
             sequence.scheduled_s = sequence.scheduled_s or now
-        if self.pace:
-            lengths = [sequence.length for sequence in batch]
-            times = self.pace.times
-            stage_s = (
-                times.prefill_stage_s(lengths)
-                if kind == "prefill"
-                else times.decode_stage_s(len(batch), sum(lengths))
-            )
-        tokens = self.compute([(sequence, sequence.length - sequence.computed) for sequence in batch])
+        stage_s = self.pace.stage_s(batch) if self.pace else 0.0
+        flight = self._begin(batch)
+        if flight.pending.ready:
+            flight.land()
         done = self._clock()
         self.steps += 1
-        if not self.pace:
-            due = done
-        else:
-            due = self._pipeline.enter(start, stage_s)
+        flight.due_s, flight.lane = done, lane
+        if self.pace:
+            flight.due_s = self._pipeline.enter(start, stage_s)
             # The same for every pipeline: what is late is a stage that the next batch cannot enter in time.
             self.late_steps += done - start > 1.1 * stage_s
-        self._flying.append(_Step(kind, batch, tokens, due, lane))
+        self._flying.append(flight)
         return True
 
-    def _next(self) -> tuple[Literal["prefill", "decode"], list[Sequence], int] | None:
-        """Kind, batch and lane of the next step. Lanes take turns: the one that waits longest first."""
-        if batch := self.scheduler.prefill_batch():
-            return "prefill", batch, 0
-        busy = {step.lane for step in self._flying if step.kind == "decode"}
-        for _ in range(len(self.scheduler.lanes)):
-            lane = self._turn = (self._turn + 1) % len(self.scheduler.lanes)
-            if lane not in busy and (batch := self.scheduler.decode_batch(lane)):
-                return "decode", batch, lane
+    def _next(self) -> tuple[Batch, int] | None:
+        """The next step and its lane: the first one that has none under way and finds work."""
+        busy = {flight.lane for flight in self._flying}
+        for lane in range(len(self.scheduler.lanes)):
+            if lane not in busy and (batch := self.scheduler.step(lane)):
+                return batch, lane
         return None
 
-    def compute(self, batch: list[tuple[Sequence, int]]) -> list[Token]:
-        """Compute the next so many tokens of each sequence, into its blocks; the next token of each that is then complete."""
-        step = lay_out(batch)
-        for sequence, count in batch:
+    def compute(self, batch: Batch) -> dict[Sequence, Token]:
+        """Compute the batch's tokens into the blocks of their sequences; the next token of each that is then complete."""
+        return self._begin(batch).land()
+
+    def _begin(self, batch: Batch) -> _Flight:
+        work = batch.shares()
+        step = lay_out(work)
+        for sequence, count in work:
             sequence.computed += count
-        answered = [batch[row][0] for row in step.answers]
-        return choose(self.runner.begin(step).logits(), answered)
+        return _Flight(batch, [work[row][0] for row in step.answers], self.runner.begin(step))
 
     def _report(self, now: float) -> None:
         """Hand over the tokens of every step whose time is over."""
-        for step in [step for step in self._flying if step.due_s <= now]:
-            self._flying.remove(step)
-            self._boundary_s = step.due_s
-            events = [
-                event
-                for sequence, token in zip(step.batch, step.tokens, strict=True)
-                if (event := self._advance(sequence, token, step.kind))
-            ]
-            if events:
+        for flight in [f for f in self._flying if f.pending.ready and f.due_s <= now]:
+            self._flying.remove(flight)
+            self._boundary_s = flight.due_s
+            decoded = [self._advance(sequence, flight, joined=True) for sequence in flight.batch.decodes]
+            others = flight.batch.owing + [sequence for sequence, _ in flight.batch.prompts]
+            begun = [self._advance(sequence, flight, joined=False) for sequence in others]
+            if events := [event for event in decoded + begun if event]:
                 self._sink(events)
 
-    def _advance(self, sequence: Sequence, token: Token, kind: str) -> Event | None:
-        sequence.in_flight = False
+    def _advance(self, sequence: Sequence, flight: _Flight, *, joined: bool) -> Event | None:
+        """A step that held the sequence is over: its token, where it has one. `joined`: it is in a lane."""
+        sequence.in_flight -= 1
         if sequence.aborted:
             self.scheduler.leave(sequence)
+            return None
+        self.scheduler.computed(sequence)
+        token = flight.land().get(sequence)
+        if token is None:
             return None
         sequence.output.append(token.id)
         finish, how = None, sequence.sampling
@@ -248,9 +258,9 @@ class Engine:
             finish = "length"
         if finish:
             self.scheduler.leave(sequence)
-        elif kind == "prefill":
-            if self.scheduler.may_decode:
-                self.scheduler.join(sequence)
-            elif self.hold:
-                self.hold(sequence)
+        elif sequence.hand_off:
+            assert self.hold
+            self.hold(sequence)
+        elif not joined:
+            self.scheduler.join(sequence)
         return sequence, token, finish

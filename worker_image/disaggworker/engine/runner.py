@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,29 +15,51 @@ from disaggworker.kv.pool import Pool
 from disaggworker.model.load import Model
 
 
-@dataclasses.dataclass(frozen=True)
-class Pending:
+class Pending(Protocol):
     """A step that was begun."""
 
-    _logits: Tensor
+    @property
+    def ready(self) -> bool:
+        """Whether `logits` would not wait."""
 
     def logits(self) -> Tensor:
         """`[answers, vocab]` of its step; waits for them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """A step that is over."""
+
+    _logits: Tensor
+    ready = True
+
+    def logits(self) -> Tensor:
+        """`[answers, vocab]` of its step."""
         return self._logits
 
 
 class Runner:
     """Carries steps out, in the order in which they were begun. Called in one thread."""
 
+    stages = 1  # steps that can be in flight
+
     def __init__(self, model: Model, pool: Pool) -> None:
         self.model, self.pool = model, pool
+        self.on_ready: Callable[[], None] = lambda: (
+            None
+        )  # a step in flight has become ready; in another thread
 
     def begin(self, step: Step) -> Pending:
         """Compute the step: its keys and values into the pool, its logits into what is returned."""
+        return Computed(self.forward(step))
+
+    def forward(self, step: Step, x: Tensor | None = None) -> Tensor:
+        """What the model gives for the step; `x` is what the stage before gave, where there is one."""
         device = self.model.device
-        tokens = torch.tensor(step.tokens, device=device)
+        if x is None:
+            x = torch.tensor(step.tokens, device=device)
         positions = torch.from_numpy(step.positions()).to(device)
         last = None  # all of them
         if len(step.answers) < len(step.tokens):
             last = (torch.tensor(step.counts).cumsum(0) - 1)[step.answers].to(device)
-        return Pending(self.model.forward(tokens, positions, Attention(self.pool, step), last))
+        return self.model.forward(x, positions, Attention(self.pool, step), last)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from disaggserve.protocol import Logprobs
-from disaggworker.kv.blocks import Allocation
+from disaggworker.kv.blocks import BLOCK_TOKENS, Allocation, chain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,14 @@ class Sequence:
     output: list[int] = dataclasses.field(default_factory=list)
     kv: Allocation | None = None
     computed: int = 0  # tokens whose keys and values are in `kv`, those of a step in flight too
-    on_admitted: Callable[[], None] | None = None  # decode: `kv` is there to pull into
+    hand_off: bool = False  # another instance decodes it: its blocks are held after prefill
+    on_admitted: Callable[[], None] | None = None  # prefilled elsewhere: `kv` is there to pull into
     aborted: bool = False
+    in_flight: int = 0  # steps that hold it and whose time is not over
     pulling: bool = False  # somebody writes to its blocks from outside the engine: they must not be freed
-    in_flight: bool = False  # in a step whose time is not over
     lane: int = 0  # decode with pipeline stages
+    found: int = 0  # prompt tokens that the prefix cache had
+    keys: list[bytes] = dataclasses.field(default_factory=list)  # of its full blocks, as far as asked for
     arrived_s: float = 0.0  # monotonic
     scheduled_s: float = 0.0  # its first step's start; 0 = none yet
     last_token_s: float = 0.0  # 0 = none yet
@@ -56,9 +59,21 @@ class Sequence:
         """Tokens of prompt and output."""
         return len(self.prompt) + len(self.output)
 
+    @property
+    def owed(self) -> int:
+        """Tokens before its last one that are not computed: 0 where it decodes and was not put back."""
+        return self.length - 1 - self.computed
+
     def tokens(self, start: int, end: int) -> list[int]:
         """Those at these places of prompt and output."""
         split = len(self.prompt)
         if start >= split:
             return self.output[start - split : end - split]
         return self.prompt[start:end] + self.output[: max(0, end - split)]
+
+    def keys_to(self, tokens: int) -> list[bytes]:
+        """Keys of the blocks that its first so many tokens fill."""
+        full, known = tokens // BLOCK_TOKENS, len(self.keys)
+        if known < full:
+            chain(self.keys, self.tokens(known * BLOCK_TOKENS, full * BLOCK_TOKENS))
+        return self.keys[:full]

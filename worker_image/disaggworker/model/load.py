@@ -46,10 +46,21 @@ _ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any], Weights, Share], Model
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+def device_of(rank: int, ranks: int) -> torch.device:
+    """Where this rank computes: on a GPU of its own, or all on the CPU. Raises `StartError` where GPUs are too few."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if torch.cuda.device_count() < ranks:
+        raise StartError(
+            f"--tp times --pp is {ranks} GPUs, and this pod has {torch.cuda.device_count()}; ask for as many."
+        )
+    return torch.device("cuda", rank)
+
+
 def load(folder: Path, dtype: str, share: Share = WHOLE) -> tuple[Model, frozenset[int]]:
     """The model in `folder`, or a share of it, and its end-of-text tokens. Raises `StartError`.
 
-    On a GPU that is the current one. Of the weights only the share's are read.
+    Of the weights only the share's are read.
     dtype `auto` is the config's, but float32 on a CPU for float16, which a CPU is slow at.
     """
     config = read_config(folder)
@@ -58,7 +69,7 @@ def load(folder: Path, dtype: str, share: Share = WHOLE) -> tuple[Model, frozens
         raise StartError(
             f"{folder}/config.json says model_type {kind!r}; known are {', '.join(_ARCHITECTURES)}."
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(share.rank, share.tp * share.pp)
     named = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     chosen = _DTYPES.get(named if dtype == "auto" else dtype, torch.float32)
     if dtype == "auto" and device.type == "cpu" and chosen == torch.float16:

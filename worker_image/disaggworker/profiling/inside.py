@@ -15,7 +15,7 @@ import torch
 
 from disaggworker.engine.engine import Engine
 from disaggworker.engine.runner import Runner
-from disaggworker.engine.scheduler import Scheduler
+from disaggworker.engine.scheduler import Batch, Scheduler
 from disaggworker.engine.sequence import Sampling, Sequence
 from disaggworker.errors import StartError
 from disaggworker.kv.blocks import BlockManager, blocks_for
@@ -52,7 +52,7 @@ class Inside:
                 # Decode reads what nothing was prefilled into: memory that was never written may be one page of zeros.
                 tensor.normal_()
         self._blocks = BlockManager(total)
-        scheduler = Scheduler(self._blocks, may_prefill=True, may_decode=True, batch_tokens=0)
+        scheduler = Scheduler(self._blocks, batch_tokens=0)
         self._engine = Engine(Runner(model, pool), scheduler, self._ends, None, lambda _: None)
 
     def time(self, cell: Cell) -> Timing:
@@ -71,12 +71,14 @@ class Inside:
                 for sequence in batch:
                     # The last token is not in the cache yet: the step puts it there.
                     sequence.output, sequence.computed = [_TOKENS[0]], cell.length
-            work = [(sequence, sequence.length - sequence.computed) for sequence in batch]
+            step = Batch(batch, [], [])
+            if cell.phase == "prefill":
+                step = Batch([], [], [(sequence, cell.length) for sequence in batch])
             if self._model.device.type == "cuda":
                 torch.cuda.synchronize()
             with torch.inference_mode():
                 begun = time.perf_counter()
-                self._engine.compute(work)
+                self._engine.compute(step)
                 return Timing(
                     time.perf_counter() - begun, cell.batch * cell.length * (cell.phase == "decode")
                 )

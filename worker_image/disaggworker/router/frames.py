@@ -106,7 +106,9 @@ def end(answer: dict[str, Any], *, chat: bool, usage: tuple[int, int] | None) ->
     if usage is None:
         return DONE
     prompt, completion = usage
+    found = {k: v for k, v in answer.get("usage", {}).items() if k == "prompt_tokens_details"}
     said = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    said |= found
     return _frame(answer, chat, [], {"usage": said}) + DONE
 
 

@@ -31,7 +31,9 @@ from disaggserve.protocol import Handoff
 from disaggworker import openai
 from disaggworker.engine.detokenize import TextStream
 from disaggworker.engine.engine import Engine, Event
+from disaggworker.engine.parallel.stage import total_blocks
 from disaggworker.engine.runner import Runner
+from disaggworker.engine.scheduler import Scheduler
 from disaggworker.engine.sequence import Sequence, Token
 from disaggworker.errors import HandoffGone, RequestError, StartError, TransferError, WorkerError
 from disaggworker.kv.blocks import BLOCK_TOKENS, BlockManager, blocks_for
@@ -44,8 +46,6 @@ from disaggworker.pace import Pace
 from disaggworker.speak import flags
 from disaggworker.speak.figures import Figures
 from disaggworker.speak.flags import Settings
-from disaggworker.speak.schedule import Both
-from disaggworker.worker.main import total_blocks
 from disaggworker.worker.text import Text, shown
 
 _BODY_BYTES = 32 << 20
@@ -171,13 +171,13 @@ class Server:
                 pool = Pool(model.layers, model.kv_heads, model.head_dim, blocks, model.dtype, model.device)
                 longest = min(config.context_length or model.max_positions, model.max_positions)
                 self._text = Text(config.weights, min(longest, blocks * BLOCK_TOKENS))
-                self._scheduler = Both(
+                self._scheduler = Scheduler(
                     BlockManager(blocks),
-                    self._keep,
                     batch_tokens=self._settings.batch_tokens,
                     lanes=self._pace.times.pp if self._pace else 1,
                 )
                 engine = Engine(Runner(model, pool), self._scheduler, ends, self._pace, self._sink)
+                engine.hold = self._keep
                 engine.warm_up()
         except StartError as e:
             self._fault = e
@@ -211,7 +211,9 @@ class Server:
         assert self._engine
         engine, handoff = self._engine, f"{uuid.uuid4().hex}"
         self._handoffs[sequence] = handoff
-        self._kv_server.hold(handoff, 0, sequence.kv.blocks, sequence.prompt, lambda: engine.abort(sequence))
+        self._kv_server.hold(
+            handoff, 0, sequence.kv.blocks, sequence.prompt, lambda: engine.release(sequence)
+        )
 
     # ------------------------------------------------------------------------------ requests
 
@@ -263,12 +265,9 @@ class Server:
         prompt, answer = text.prompt(ask), _Answer(text.bytes, ask)
         # The first token must not end it, whatever it is: the KV is wanted all the same.
         sampling = dataclasses.replace(_sampling(ask), ignore_eos=True, stop_ids=frozenset())
-        sequence = Sequence(prompt, sampling, 2, lambda token, _: answer.on_token(token, "length"))
-
-        def submit() -> None:
-            self._scheduler.kept.add(sequence)
-
-        engine.post(submit)
+        sequence = Sequence(
+            prompt, sampling, 2, lambda token, _: answer.on_token(token, "length"), hand_off=True
+        )
         engine.submit(sequence)
         try:
             pieces = await answer.take()
@@ -391,6 +390,7 @@ class Server:
             self._figures.pulled_tokens += sequence.length
         except TransferError as e:
             self._failed_pulls += 1
+            print(f"A pull failed: {e}", file=sys.stderr)
             raise _Failed from e
         finally:
             renewing.cancel()
@@ -515,7 +515,7 @@ class Server:
         blocks = scheduler.blocks
         numbers: dict[str, float] = {
             names.VLLM_RUNNING: engine.running,
-            names.VLLM_WAITING: len(scheduler.waiting) + len(scheduler.preempted) + len(scheduler.fetching),
+            names.VLLM_WAITING: engine.waiting,
             names.VLLM_KV_USAGE: 1 - blocks.free / blocks.total,
             names.VLLM_PREEMPTIONS: scheduler.preemptions,
             names.VLLM_KV_EXPIRED: server.leases.expired,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import time
 from collections.abc import Awaitable
 
 import msgspec
@@ -19,6 +18,7 @@ from disaggworker.errors import RequestError, TransferError
 from disaggworker.kv.blocks import blocks_for
 from disaggworker.kv.pull import KVClient
 from disaggworker.worker.instance import Instance
+from disaggworker.worker.respond import respond
 from disaggworker.worker.text import Reply
 
 
@@ -33,7 +33,7 @@ class Decode:
     async def serve(self, request: web.Request, ask: openai.Ask) -> web.StreamResponse:
         """Raises `RequestError`, `TransferError`."""
         instance = self._instance
-        engine, text, name = instance.engine, instance.text, instance.config.served_name
+        engine, text = instance.engine, instance.text
         try:
             handoff = msgspec.convert(ask.params, Handoff)
         except msgspec.ValidationError as e:
@@ -75,37 +75,17 @@ class Decode:
         try:
             with instance.book.decoding(request, lambda: handoff.prompt_tokens + reply.tokens):
                 await self._pull(handoff, sequence, admitted)
-                identity, created = instance.identity(request, ask), int(time.time())
-                if ask.stream:
-                    frames = openai.Frames(ask, identity, created, name, text.spelling)
-                    return await self._stream(request, reply, frames, handoff)
-                while not reply.finish:
-                    await reply.wait()
-            body = openai.answer(
-                ask,
-                identity,
-                created,
-                name,
-                reply.pieces,
-                text.spelling,
-                prompt_tokens=handoff.prompt_tokens,
-            )
-            return web.Response(body=body, content_type="application/json")
+                return await respond(
+                    instance, request, ask, reply, handoff.prompt_tokens, handoff.cached_tokens
+                )
         finally:
             # Ended or not: a stop string ends what the engine would go on with, and so does a client that left.
             engine.abort(sequence)
             if reply.finish:
-                self._observe(sequence, reply.tokens - len(answered))
-
-    def _observe(self, sequence: Sequence, tokens: int) -> None:
-        metrics = self._instance.metrics
-        span = sequence.last_token_s - sequence.first_token_s
-        metrics.queue.observe(sequence.scheduled_s - sequence.arrived_s)
-        metrics.decode.observe(span)
-        metrics.generation_tokens.observe(tokens)
-        if tokens > 2:
-            # The first token here is the answer's second.
-            metrics.tpot.observe(span / (tokens - 2))
+                instance.metrics.queue.observe(sequence.scheduled_s - sequence.arrived_s)
+                # The engine's first token here is the answer's second.
+                tokens = reply.tokens - len(answered)
+                instance.observe_decode(sequence, tokens, tokens - 2)
 
     async def _pull(self, handoff: Handoff, sequence: Sequence, admitted: asyncio.Future[None]) -> None:
         """Wait for blocks, fetch the KV into them, and tell the prefill worker. Raises `TransferError`."""
@@ -150,19 +130,3 @@ class Decode:
         task = self._instance.loop.create_task(quietly())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _stream(
-        self, request: web.Request, reply: Reply, frames: openai.Frames, handoff: Handoff
-    ) -> web.StreamResponse:
-        response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-        )
-        await response.prepare(request)
-        while not reply.finish:
-            await reply.wait()
-            data = b"".join([frames.token(piece) for piece in reply.take()])
-            if reply.finish:
-                data += frames.end(handoff.prompt_tokens, reply.tokens)
-            await response.write(data)
-        await response.write_eof()
-        return response

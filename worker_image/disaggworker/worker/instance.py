@@ -12,6 +12,7 @@ from aiohttp import web
 from disaggworker import openai
 from disaggworker.config import Config
 from disaggworker.engine.engine import Engine
+from disaggworker.engine.sequence import Sequence
 from disaggworker.load import Book
 from disaggworker.metrics import Metrics
 from disaggworker.pace import Pace
@@ -33,6 +34,22 @@ class Instance:
     def call_soon(self, action: Callable[[], None]) -> None:
         """Do this on the event loop; called from the engine's thread."""
         self.loop.call_soon_threadsafe(action)
+
+    def observe_prefill(self, sequence: Sequence) -> None:
+        """Count a prompt that was computed here."""
+        metrics = self.metrics
+        metrics.ttft.observe(sequence.first_token_s - sequence.arrived_s)
+        metrics.queue.observe(sequence.scheduled_s - sequence.arrived_s)
+        metrics.prefill.observe(sequence.first_token_s - sequence.scheduled_s)
+        metrics.prompt_tokens.observe(len(sequence.prompt))
+
+    def observe_decode(self, sequence: Sequence, tokens: int, gaps: int) -> None:
+        """Count an answer of so many tokens, between so many of which time was measured here."""
+        span = sequence.last_token_s - sequence.first_token_s
+        self.metrics.decode.observe(span)
+        self.metrics.generation_tokens.observe(tokens)
+        if gaps > 0:
+            self.metrics.tpot.observe(span / gaps)
 
     @staticmethod
     def identity(request: web.Request, ask: openai.Ask) -> str:

@@ -30,6 +30,11 @@ _LOOK_S = 0.1
 _PATIENCE_S = 30.0  # for the one request
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise StartError(f"{self.prog}: {message}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """One of the two workers: its flags, and the GPUs that it may see; None: all there are."""
@@ -38,12 +43,21 @@ class Command:
     flags: list[str]
     gpus: str | None
 
+    def ports(self) -> set[int]:
+        """Its HTTP port, and the KV port of each of its ranks."""
+        known = self._known()
+        return {known.port, *range(known.kv_port, known.kv_port + known.tp * known.pp)}
+
     @property
     def port(self) -> int:
         """Its HTTP port."""
-        given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        given.add_argument("--port", type=int, default=8000)
-        return int(given.parse_known_args(self.flags)[0].port)
+        return int(self._known().port)
+
+    def _known(self) -> argparse.Namespace:
+        parser = _Parser(prog=f"disaggworker pair … {self.role}", add_help=False, allow_abbrev=False)
+        for flag, default in (("--port", 8000), ("--kv-port", 5600), ("--tp", 1), ("--pp", 1)):
+            parser.add_argument(flag, type=int, default=default)
+        return parser.parse_known_args(self.flags)[0]
 
     def argv(self) -> list[str]:
         """As a process is started with it."""
@@ -59,11 +73,6 @@ class Settings:
     decode: Command
     host: str
     ready_port: int
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise StartError(f"{self.prog}: {message}.")
 
 
 def read(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
@@ -84,8 +93,11 @@ def read(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
     own = parser.parse_args(rest)
     prefill = Command("prefill", flags["prefill"], own.prefill_gpus)
     decode = Command("decode", flags["decode"], own.decode_gpus)
-    if prefill.port == decode.port:
-        raise StartError(f"disaggworker pair: both workers have --port {prefill.port}; each needs its own.")
+    if both := prefill.ports() & decode.ports():
+        said = ", ".join(map(str, sorted(both)))
+        raise StartError(
+            f"disaggworker pair: both workers have port {said}; give each its own --port, and --kv-port with one port per rank."
+        )
     return Settings(prefill, decode, env.get("POD_IP") or "127.0.0.1", own.ready_port)
 
 

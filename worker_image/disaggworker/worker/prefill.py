@@ -18,39 +18,44 @@ from disaggworker.engine.sequence import Sequence, Token
 from disaggworker.errors import RequestError
 from disaggworker.kv.serve import KVServer
 from disaggworker.worker.instance import Instance
+from disaggworker.worker.ranks import Others
 from disaggworker.worker.text import shown
 
 
 class Prefill:
     """Answers requests whose `kv_transfer_params` ask for a hand-off."""
 
-    def __init__(self, instance: Instance, server: KVServer) -> None:
-        self._instance, self._server = instance, server
+    def __init__(self, instance: Instance, server: KVServer, others: Others | None = None) -> None:
+        """`others`: the ranks beside this one."""
+        self._instance, self._server, self._others = instance, server, others
         self._handoffs: dict[Sequence, tuple[str, int]] = {}
         instance.engine.hold = self._hold
 
     def _hold(self, sequence: Sequence) -> None:
         """In the engine's thread: the prompt is computed, and its blocks wait for a pull."""
         assert sequence.kv
-        engine, handoff = self._instance.engine, uuid.uuid4().hex
+        engine, others, handoff = self._instance.engine, self._others, uuid.uuid4().hex
+
+        def end() -> None:
+            if others:
+                others.drop(handoff)
+            engine.scheduler.free(sequence)
+
+        if others:
+            others.hold(handoff, sequence.kv.generation, sequence.kv.blocks)
         self._handoffs[sequence] = handoff, sequence.kv.generation
         self._server.hold(
             handoff,
             sequence.kv.generation,
             sequence.kv.blocks,
             [*sequence.prompt, *sequence.output[:-1]],  # the last token is not in the cache yet
-            lambda: engine.release(sequence),
+            lambda: engine.post(end),
         )
 
     async def serve(self, request: web.Request, ask: openai.Ask) -> web.StreamResponse:
         """Raises `RequestError`."""
         config, engine, pace = self._instance.config, self._instance.engine, self._instance.pace
-        text, metrics = self._instance.text, self._instance.metrics
-        if not ask.params.get("do_remote_decode"):
-            raise RequestError(
-                "kv_transfer_params.do_remote_decode must be true: this is a prefill worker.",
-                param="kv_transfer_params",
-            )
+        text = self._instance.text
         prompt = text.prompt(ask)
         limit = text.limit(ask, len(prompt))
         resume = _resume(ask, limit, len(text.bytes))
@@ -65,7 +70,12 @@ class Prefill:
                 first.set_result((token, finish))
 
         sequence = Sequence(
-            prompt, dataclasses.replace(ask.sampling, seed=seed), limit, on_token, output=list(answered)
+            prompt,
+            dataclasses.replace(ask.sampling, seed=seed),
+            limit,
+            on_token,
+            output=list(answered),
+            hand_off=True,
         )
         engine.submit(sequence)
         try:
@@ -80,18 +90,19 @@ class Prefill:
         piece = shown(TextStream(text.bytes, ask.stops, answered), token, finish)
         if piece.finish and handoff:
             self._server.drop(handoff)
-        metrics.ttft.observe(sequence.first_token_s - sequence.arrived_s)
-        metrics.queue.observe(sequence.scheduled_s - sequence.arrived_s)
-        metrics.prefill.observe(sequence.first_token_s - sequence.scheduled_s)
-        metrics.prompt_tokens.observe(len(prompt))
+        self._instance.observe_prefill(sequence)
+        # Of an answer that goes on, what was found says nothing of how the prompt was computed when it began.
+        cached = 0 if answered else sequence.found
         given = Handoff(
             done=piece.finish is not None,
             first_token_id=token.id,
             first_logprobs=token.logprobs,
             text=piece.text,
             prompt_tokens=len(prompt),
+            cached_tokens=cached,
             host=config.pod_ip,
             port=config.kv_port,
+            ranks=1 + (self._others.count if self._others else 0),
             lease_s=config.lease_s,
             handoff=handoff,
             generation=generation,
@@ -109,6 +120,7 @@ class Prefill:
             [piece],
             text.spelling,
             prompt_tokens=len(prompt),
+            cached_tokens=cached,
             more={"kv_transfer_params": msgspec.to_builtins(given)},
         )
         return web.Response(body=body, content_type="application/json")

@@ -79,20 +79,23 @@ def shown(stream: TextStream, token: Token, finish: str | None) -> openai.Piece:
 
 
 class Reply:
-    """A decode answer as it grows, on the event loop. It begins with the prefill worker's token."""
+    """An answer as it grows, on the event loop. A decode worker's begins with the prefill worker's token."""
 
     def __init__(
-        self, table: list[bytes], ask: openai.Ask, first: Token, answered: Sequence[int] = ()
+        self, table: list[bytes], ask: openai.Ask, first: Token | None = None, answered: Sequence[int] = ()
     ) -> None:
         """`answered`: tokens before the first one here, which the client has."""
         self._stream = TextStream(table, ask.stops, answered)
         self._waiter: asyncio.Future[None] | None = None
-        begun = shown(self._stream, first, None)
-        # The router has streamed the first token.
-        self.pieces = [] if ask.stream else [begun]
         self._streams = ask.stream
-        self.tokens = len(answered) + 1
+        self.pieces: list[openai.Piece] = []
+        self.tokens = len(answered)
         self.finish: str | None = None
+        if first is not None:
+            piece = shown(self._stream, first, None)
+            self.tokens += 1
+            # The router has streamed the first token.
+            self.pieces = [] if ask.stream else [piece]
 
     def on_token(self, token: Token, finish: str | None) -> None:
         """One more token; none after the last."""
@@ -104,6 +107,12 @@ class Reply:
         self.pieces.append(piece)
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
+
+    async def begun(self) -> None:
+        """Until there is a token."""
+        if not self.tokens:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
 
     async def wait(self) -> None:
         """Until there is something to take, or the end."""
