@@ -27,6 +27,7 @@ from disaggworker import config as configuration
 from disaggworker import openai
 from disaggworker.config import Config
 from disaggworker.engine.engine import Engine, Event
+from disaggworker.engine.parallel.part import Part
 from disaggworker.engine.parallel.rank import follow
 from disaggworker.engine.parallel.ranks import Ranks
 from disaggworker.engine.parallel.stage import lead, pool_of, total_blocks
@@ -35,7 +36,7 @@ from disaggworker.engine.scheduler import Scheduler
 from disaggworker.errors import RequestError, StartError, TransferError, WorkerError
 from disaggworker.kv.blocks import BLOCK_TOKENS, BlockManager
 from disaggworker.kv.pull import KVClient, Puller
-from disaggworker.kv.serve import KVServer
+from disaggworker.kv.ranks import Keeper, LeadPuller, LeadServer, place_of
 from disaggworker.kv.shm import Shm
 from disaggworker.load import Book
 from disaggworker.metrics import CONTENT_TYPE, Metrics
@@ -62,10 +63,9 @@ Serve = Callable[[web.Request, openai.Ask], Awaitable[web.StreamResponse]]
 def run(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises `StartError`."""
     config = configuration.read(argv)
-    # A paced worker keeps the time of many GPUs with one tiny model, computed here.
-    size = 1 if config.pace else config.tp * config.pp
     # They are forked: this process has one thread so far, and no GPU.
-    ranks = Ranks(size - 1, functools.partial(follow, config)) if size > 1 else None
+    body = functools.partial(follow, config, attend=functools.partial(Keeper, config))
+    ranks = Ranks(config.ranks - 1, body) if config.ranks > 1 else None
     try:
         code: int = uvloop.run(Worker(config, ranks).main())
         if ranks and ranks.ended.is_set():
@@ -105,7 +105,7 @@ class Worker:
         self._quiet.set()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self.stop)
-        self._kv_server = KVServer(
+        self._kv_server = LeadServer(
             config.pod_ip, config.kv_port, config.pairing_key, config.lease_s, ways=[Shm()]
         )
         self._kv_client = KVClient(config.pairing_key)
@@ -186,8 +186,10 @@ class Worker:
                 self._ranks.on_end = self._lost
                 self._ranks.listen()
                 runner, ends = lead(config, self._ranks)
+                puller: Puller = LeadPuller(config, Part.of(runner.model, runner.pool), self._ranks)
             else:
                 runner, ends = self._alone()
+                puller = Puller(config.pairing_key, runner.pool, ways=[Shm()], checksum=config.kv_checksum)
         longest = min(config.context_length or runner.model.max_positions, runner.model.max_positions)
         text = Text(config.weights, min(longest, runner.pool.limit * BLOCK_TOKENS))
         scheduler = Scheduler(
@@ -200,10 +202,9 @@ class Worker:
         with torch.inference_mode():
             engine.warm_up()
         instance = Instance(config, pace, engine, text, self.metrics, self.book, self._loop)
-        self._kv_server.serve(runner.pool)
-        self._kv_client.puller = Puller(
-            config.pairing_key, runner.pool, ways=[Shm()], checksum=config.kv_checksum
-        )
+        self._kv_server.ranks = self._ranks
+        self._kv_server.serve(runner.pool, place_of(Part.of(runner.model, runner.pool)))
+        self._kv_client.puller = puller
         self._serve = {
             "prefill": Prefill(instance, self._kv_server).serve,
             "decode": Decode(instance, self._kv_client).serve,

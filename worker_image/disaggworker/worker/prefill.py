@@ -92,6 +92,7 @@ class Prefill:
             cached_tokens=cached,
             host=config.pod_ip,
             port=config.kv_port,
+            ranks=config.ranks,
             lease_s=config.lease_s,
             handoff=handoff,
             generation=generation,
