@@ -28,7 +28,7 @@ import msgspec
 
 from disaggserve import metric_names as names
 from disaggserve import workload
-from disaggworker.router.frames import Frames
+from disaggworker.router.vllm import Frames
 
 Wanted = tuple[float, int, int]  # due after so many seconds, prompt tokens, output tokens
 
@@ -127,11 +127,12 @@ class _Load:
                 "ignore_eos": True,
                 "temperature": 0,
                 "stream": True,
+                "stream_options": {"include_usage": True},
             }
         )
         sent_s = self.now_s()
         first_s = last_s = math.nan
-        outcome, error, frames = names.FAILED, "", Frames()
+        outcome, error, frames = names.FAILED, "", Frames(keep_usage=False)
         try:
             async with self._session.post(
                 self._url, data=body, headers={"Content-Type": "application/json"}

@@ -59,6 +59,7 @@ TORCH = Engine(
     first_token_from="prefill",
     prefill_limit=None,
     architectures=frozenset({"opt", "llama", "qwen3"}),
+    role_change="door",
     flags=_flags(
         "--model --weights --served-name --context-length --dtype --tp --pp --pairing-key --host --port "
         "--kv-port --chunk --pace"
@@ -153,6 +154,14 @@ def refuse_mixed(engine: Engine, kinds: int) -> str | None:
         return f"{engine.name} does not prefill and decode in one instance"
     if kinds > 1:
         return f"{engine.name} does not move a request from one mixed instance to another"
+    return None
+
+
+def refuse_chunk(engine: Engine, chunk: int | None) -> str | None:
+    """Why the engine cannot take prompts so in instances that prefill and decode (None: whole, before any decode step), or
+    None. It can be simulated all the same: older versions did."""
+    if engine is VLLM and chunk is None:
+        return "vllm cuts prompts to what is left of its step, and never takes them whole before it decodes"
     return None
 
 

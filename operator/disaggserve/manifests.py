@@ -260,6 +260,8 @@ def _vllm(spec: Spec, slot: Slot, context_length: int) -> _Served:
     command += ["--kv-cache-dtype", spec.model.kv_dtype, "--block-size", str(engine.block_tokens)]
     command += ["--host", "$(POD_IP)", "--port", str(HTTP_PORT)]
     command += ["--kv-transfer-config", json.dumps(transfer, sort_keys=True)]
+    if slot.chunk is not None:
+        command += ["--max-num-batched-tokens", str(slot.chunk)]
     # The default, 0, would cut off what is in flight at SIGTERM.
     command += ["--shutdown-timeout", str(int(seconds(spec.rollout.drain_timeout)))]
     # When its first token came, which an answer in one piece hides and the router must know; what of the prompt was cached.

@@ -456,14 +456,15 @@ def _by_hand(
         if fault:
             raise InvalidManifest([Fault("spec.plan.roles", f"tp {role.tp}, pp {role.pp}: {fault}")])
     pinned = tuple(
-        search.Group(r.role, r.tp, r.pp, r.count, tuple(sorted((n.name, n.count) for n in r.nodes)))
+        search.Group(r.role, r.tp, r.pp, r.count, tuple(sorted((n.name, n.count) for n in r.nodes)), r.chunk)
         for r in spec.plan.roles
         if r.nodes
     )
-    rest = [(r.role, r.tp, r.pp, r.count) for r in spec.plan.roles if not r.nodes]
+    rest = [r for r in spec.plan.roles if not r.nodes]
     left, standing = _take(pinned, nodes, keep)
     try:
-        groups = (*pinned, *search.pack(rest, left, standing))
+        packed = search.pack([(r.role, r.tp, r.pp, r.count) for r in rest], left, standing)
+        groups = (*pinned, *_dealt(packed, rest))
     except search.NoRoom as error:
         raise Infeasible("GPUs", f"the plan by hand does not fit: {error}") from None
     affinity, reason = hardware.affinity(nodes, spec.hardware.affinity)
@@ -492,12 +493,27 @@ def _by_hand(
         roles=_roles(groups),
         prefill=words(_roles(groups), "prefill"),
         decode=words(_roles(groups), "decode"),
-        latency_source=deployment.prefill[0].times.provenance.describe(),
+        mixed=words(_roles(groups), "mixed"),
+        latency_source=(*deployment.prefill, *deployment.mixed)[0].times.provenance.describe(),
         workload=_summary(workload),
         setting=setting,
         search=Search(seconds=0.0, cpu_seconds=0.0, simulations=found.simulations),
     )
     return plan, groups, nodes
+
+
+def _dealt(packed: Sequence[search.Group], roles: Sequence[RolePlan]) -> tuple[search.Group, ...]:
+    """What was packed by role and shape, told apart by chunk as well."""
+    out = []
+    for g in packed:
+        where = [name for name, count in g.nodes for _ in range(count)]
+        counts = Counter[int | None]()
+        for r in roles:
+            counts[r.chunk] += r.count if (r.role, r.tp, r.pp) == (g.role, g.tp, g.pp) else 0
+        for chunk, count in (+counts).items():
+            mine, where = Counter(where[:count]), where[count:]
+            out.append(search.Group(g.role, g.tp, g.pp, count, tuple(sorted(mine.items())), chunk))
+    return tuple(out)
 
 
 def _take(
@@ -783,10 +799,10 @@ def _refusal(spec: Spec, plan: Plan, nodes: hardware.Inventory) -> str | None:
             return f"no node holds {role.role} {role.words()} as the plan means it"
         there = all(simulated.get(n.name, False) for n in role.nodes)
         if role.role == "mixed":
-            reason = reason or (
-                f"This release plans {engine.name} instances that prefill and decode but starts only those that do one of "
-                "both; choose planner.algorithm HighAffinity, or pin roles in spec.plan."
-            )
+            apart = "; choose planner.algorithm HighAffinity, or pin roles in spec.plan"
+            kinds = len({r.chunk for r in plan.roles if r.role == "mixed"})
+            wrong = engines.refuse_mixed(engine, kinds) or engines.refuse_chunk(engine, role.chunk)
+            reason = reason or (wrong and wrong[0].upper() + wrong[1:] + apart + ".")
         reason = reason or engines.refuse_start(engine, role.tp, role.pp, plan.paired, there)
     return reason
 

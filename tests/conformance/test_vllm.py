@@ -125,31 +125,34 @@ def test_decode_goes_on_from_it_with_a_plain_servers_tokens(pair: Pair, path: st
     run(test())
 
 
-def test_a_stream_is_what_the_router_takes_it_for(pair: Pair) -> None:
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_stream_is_what_the_router_takes_it_for(pair: Pair, path: str) -> None:
     """Its first frame with a choice is the user's first token; usage, if asked for, comes once and last."""
 
     async def test() -> None:
-        prompt = [7, *PROMPT]  # no cache has seen it
-        body = SHORT | {"prompt": prompt, "return_token_ids": True}
+        chat = path.startswith("chat")
+        body = SHORT | {"prompt": [7, *PROMPT], "return_token_ids": True}  # no cache has seen it
+        if chat:
+            del body["prompt"]
+            body["messages"] = [{"role": "user", "content": "Once upon a time there was a keeper."}]
         async with client() as session:
             ask = Client(session)
-            _, plain = await ask.post(pair.prefill, body)
-            answer = await ask.prefilled(pair.prefill, body)
+            _, plain = await ask.post(pair.prefill, body, path=path)
+            answer = await ask.prefilled(pair.prefill, body, path=path)
             sent = json.loads(vllm.for_decode(body | {"stream": True}, answer["kv_transfer_params"]))
             stream, kept = vllm.Frames(keep_usage=False), b""
-            begun_at = -1
-            async with session.post(f"{pair.decode.url}/v1/completions", json=sent) as reply:
+            async with session.post(f"{pair.decode.url}/v1/{path}", json=sent) as reply:
                 async for chunk in reply.content.iter_any():
                     kept += stream.feed(chunk)
-                    if stream.begun and begun_at < 0:
-                        begun_at = len(kept)
             assert (stream.tokens, stream.done, stream.error) == (12, True, None)
             assert b'"usage":{' not in kept
             frames = [f[6:] for f in kept.split(b"\n\n") if f]
             assert frames[-1] == b"[DONE]"
-            choices = [json.loads(f)["choices"][0] for f in frames[:-1]]
-            assert [t for c in choices for t in c["token_ids"]] == plain["choices"][0]["token_ids"]
-            assert "".join(c["text"] for c in choices) == plain["choices"][0]["text"]
+            [whole], choices = plain["choices"], [json.loads(f)["choices"][0] for f in frames[:-1]]
+            # The frame of the role alone, which vLLM sends with the first token, names none.
+            assert [t for c in choices for t in c.get("token_ids") or ()] == whole["token_ids"]
+            text = "".join(c["delta"].get("content") or "" if chat else c["text"] for c in choices)
+            assert text == (whole["message"]["content"] if chat else whole["text"])
             assert choices[-1]["finish_reason"] == "length"
 
     run(test())

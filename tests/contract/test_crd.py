@@ -19,6 +19,7 @@ from disaggserve.api.model import ApiModel
 from disaggserve.api.spec import Spec
 from e2e.controlplane import CommandFailed, ControlPlane, ensure
 from tests.contract.broken import BROKEN, GOOD
+from tests.integration.bench import install_crd
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,10 +27,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     with ControlPlane(tmp_path_factory.mktemp("crd"), ensure()) as plane:
-        plane.kubectl("apply", "-f", str(ROOT / "crds/disaggserves.yaml"))
-        plane.kubectl(
-            "wait", "--for=condition=Established", "crd/disaggserves.disaggserve.dev", "--timeout=30s"
-        )
+        install_crd(plane)
         yield plane
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from kubernetes.aio.dynamic import DynamicClient
 from kubernetes.aio.dynamic.exceptions import NotFoundError
 
 from disaggserve import drift
-from disaggserve.cluster.client import PODS, RESOURCES, Cluster, connect
+from disaggserve.cluster.client import PODS, RESOURCES, Cluster, condition, connect
 from disaggserve.cluster.clock import WallClock
 from disaggserve.cluster.reconcile import Reconciler
 from disaggserve.cluster.settings import Settings
@@ -76,10 +76,21 @@ def node(name: str, gpus: int) -> Json:
     }
 
 
+def install_crd(plane: ControlPlane) -> None:
+    plane.kubectl("apply", "-f", str(ROOT / "crds/disaggserves.yaml"))
+
+    def established() -> bool:  # `kubectl wait` fails on an object that has no conditions yet
+        found = json.loads(plane.kubectl("get", "crd/disaggserves.disaggserve.dev", "-o", "json"))
+        return (
+            condition(found.get("status", {}).get("conditions") or [], "Established").get("status") == "True"
+        )
+
+    wait_until(established, "the CRD to be established", timeout_s=60)
+
+
 def prepare(plane: ControlPlane, nodes: dict[str, int]) -> None:
     """The CRD, the router's ClusterRole and the nodes."""
-    plane.kubectl("apply", "-f", str(ROOT / "crds/disaggserves.yaml"))
-    plane.kubectl("wait", "--for=condition=Established", "crd/disaggserves.disaggserve.dev", "--timeout=30s")
+    install_crd(plane)
     plane.kubectl("create", "clusterrole", "disaggserve-router", "--verb=get,list,watch", "--resource=pods")
     add_nodes(plane, nodes)
 
@@ -114,7 +125,11 @@ class Operator:
     """One operator process: its own memory, and a fence that can end it before its n-th write from now."""
 
     def __init__(
-        self, api: ApiClient, dies_before_write: int | None = None, warm: Callable[[], bool] = lambda: True
+        self,
+        api: ApiClient,
+        dies_before_write: int | None = None,
+        warm: Callable[[], bool] = lambda: True,
+        pool: Executor | None = None,
     ) -> None:
         self._left = dies_before_write
         self.writes = 0
@@ -124,7 +139,7 @@ class Operator:
             prometheus_url="",
             images=Images("disaggserve-worker", "disaggserve-router"),
         )
-        pool = ThreadPoolExecutor(1)
+        pool = pool or ThreadPoolExecutor(1)
         self._reconciler = Reconciler(Cluster(api, self._fence), settings, WallClock(), pool, warm)
 
     def _fence(self) -> None:
@@ -169,9 +184,12 @@ class Bench:
         await self.api.close()
 
     def operator(
-        self, dies_before_write: int | None = None, warm: Callable[[], bool] = lambda: True
+        self,
+        dies_before_write: int | None = None,
+        warm: Callable[[], bool] = lambda: True,
+        pool: Executor | None = None,
     ) -> Operator:
-        return Operator(self.api, dies_before_write, warm)
+        return Operator(self.api, dies_before_write, warm, pool)
 
     async def apply(self, body: Json) -> None:
         await self.cluster.apply(RESOURCES, body)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import pytest
 
-from disaggserve import drift, engines
+from disaggserve import drift
 from disaggserve.cluster.client import KINDS, PODS, RESOURCES, REVISIONS
 from e2e.controlplane import ControlPlane, ensure
 from tests.integration.bench import CHAT, Bench, Killed, by_hand, carried_out, prepare
@@ -186,20 +187,12 @@ def test_a_plan_that_differs_by_one_instance_touches_exactly_one(
     bench(test)
 
 
-@pytest.fixture
-def torch_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The built-in worker with a door for its role."""
-    torch = replace(engines.TORCH, role_change="door")
-    monkeypatch.setattr(engines, "TORCH", torch)
-    monkeypatch.setitem(engines.ENGINES, "torch", torch)
-
-
 async def roles(b: Bench) -> dict[str, str]:
     return {p["metadata"]["uid"]: p["metadata"]["labels"]["disaggserve.dev/role"] for p in await b.workers()}
 
 
 @pytest.mark.parametrize("engine", ["torch", "vllm"])
-def test_a_plan_that_differs_by_one_role_turns_one_pod(bench: Any, torch_turns: None, engine: str) -> None:
+def test_a_plan_that_differs_by_one_role_turns_one_pod(bench: Any, engine: str) -> None:
     async def test(b: Bench) -> None:
         doors = b.open_doors()
         await b.apply(by_hand(2, 1, engine={"type": engine}))
@@ -229,7 +222,7 @@ def test_a_plan_that_differs_by_one_role_turns_one_pod(bench: Any, torch_turns: 
     bench(test)
 
 
-def test_a_worker_that_still_holds_something_is_not_turned_and_says_so(bench: Any, torch_turns: None) -> None:
+def test_a_worker_that_still_holds_something_is_not_turned_and_says_so(bench: Any) -> None:
     async def test(b: Bench) -> None:
         doors = b.open_doors()
         await b.apply(by_hand(2, 1))
@@ -330,9 +323,7 @@ def test_killed_before_every_write_of_a_change_the_end_is_the_same(bench: Any) -
 
 
 @pytest.mark.timeout(240)
-def test_killed_before_every_write_of_a_role_change_the_end_is_the_same(
-    bench: Any, torch_turns: None
-) -> None:
+def test_killed_before_every_write_of_a_role_change_the_end_is_the_same(bench: Any) -> None:
     """The worker's door is one of the writes: killed before it, and between it and the label."""
 
     async def test(b: Bench) -> None:
@@ -371,14 +362,35 @@ def test_killed_before_every_write_of_a_role_change_the_end_is_the_same(
     bench(test)
 
 
+class TwoAtOnce(ThreadPoolExecutor):
+    """The first two searches end only when both have begun."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.begun, self._both = 0, threading.Barrier(2, timeout=60)
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        self.begun += 1
+        together = self.begun <= 2
+
+        def search() -> T:
+            if together:
+                self._both.wait()
+            return fn(*args, **kwargs)
+
+        return super().submit(search)
+
+
 def test_two_resources_that_want_the_same_gpus(bench: Any) -> None:
     async def test(b: Bench) -> None:
         first, second = by_hand(5, 5), by_hand(5, 5)
         second = {**second, "metadata": {"name": "late", "namespace": "default"}}
         await b.apply(first)
         await b.apply(second)
-        operator = b.operator()
+        searches = TwoAtOnce()
+        operator = b.operator(pool=searches)
         await asyncio.gather(operator.reconcile("chat"), operator.reconcile("late"))
+        assert searches.begun == 3, "both searched at once on what was free, and who lost searched again"
         await b.settle(operator, "chat" if (await b.workers("chat")) else "late")
         names = [n for n in ("chat", "late") if await b.workers(n)]
         assert len(names) == 1, "one got them"

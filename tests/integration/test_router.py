@@ -162,14 +162,17 @@ class Fake:
         n = body.get("max_tokens") or body.get("max_completion_tokens") or 4
         if not body.get("stream"):
             return web.json_response(
-                {"choices": [{"text": "".join(map(letter, range(n)))}], "usage": {"completion_tokens": n}}
+                {
+                    "choices": [{"text": "".join(map(letter, range(n)))}],
+                    "usage": {"prompt_tokens": 3, "completion_tokens": n},
+                }
             )
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await answer.prepare(http)
         await answer.write(b"")
-        if self.engine == "vllm":  # all of the answer is decode's
+        if self.engine == "vllm" or self.role == "mixed":  # all of the answer is its own
             assert body["stream_options"]["include_usage"]
-            usage = b'data: {"choices":[],"usage":{"completion_tokens":%d}}\n\n' % n
+            usage = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":%d}}\n\n' % n
             pieces = [*stream(n, chat, 0)[:-1], usage, b"data: [DONE]\n\n"]
         else:
             start = len(body["kv_transfer_params"]["answered"]) + 1
@@ -327,7 +330,7 @@ def test_whole_answer_is_decodes_own() -> None:
             async with b.post() as answer:
                 assert await answer.json() == {
                     "choices": [{"text": "Abcd"}],
-                    "usage": {"completion_tokens": 4},
+                    "usage": {"prompt_tokens": 3, "completion_tokens": 4},
                 }
                 assert answer.headers["X-Request-Id"]
             assert await b.outcomes() == {"ok true": 1}
@@ -586,6 +589,62 @@ def test_vllms_answer_is_all_decodes(how: str) -> None:
             await b.idle()
 
     run(test())
+
+
+@pytest.mark.parametrize("engine", ["torch", "vllm"])
+@pytest.mark.parametrize("how", ["", "before", "500", "mid"])
+def test_a_mixed_instance_answers_alone(engine: str, how: str) -> None:
+    async def test() -> None:
+        bad, good = Fake("mixed", "m0"), Fake("mixed", "m1")
+        bad.engine = good.engine = engine
+        bad.dies, bad.status = (how if how in ("before", "mid") else ""), 500 if how == "500" else 200
+        async with bench(bad, good) as b:
+            async with b.post(stream=True, prompt="abcdefgh" * 20) as answer:
+                body = await answer.read()
+            assert all("kv_transfer_params" not in asked for f in (bad, good) for asked in f.bodies)
+            if how == "mid":  # it says no seed, so that another could not go on with it
+                assert body.startswith(frame("A"))
+                assert b'"error"' in body
+                assert await b.outcomes() == {"failed false": 1}
+            else:
+                assert body == b"".join(stream(4, start=0))
+                async with b.post() as answer:
+                    assert (await answer.json())["choices"][0]["text"] == "Abcd"
+                assert await b.outcomes() == {"ok true": 2}
+                found = await b.metrics()
+                assert found[names.ROUTER_INPUT_TOKENS + "{input_bucket=0}"] == 6, (
+                    "as the instance counted, not as guessed"
+                )
+                assert found[names.ROUTER_UNCACHED_TOKENS + "{}"] == 6
+            await b.idle()
+
+    run(test())
+
+
+def test_requests_are_shared_among_mixed_instances_and_counted_where_they_are() -> None:
+    async def test() -> None:
+        fakes = [Fake("mixed", f"m{n}") for n in range(3)]
+        async with bench(*fakes) as b:
+            for fake in fakes:
+                fake.mid.clear()
+            asked = [asyncio.create_task(_read(b.post(stream=True))) for _ in range(3)]
+            await until(lambda: all(f.bodies for f in fakes), "one request on each")
+            await until(lambda: b.router.admission.queued == 0, "every first token")
+            view = (await b.get("/drain"))[1]["instances"]
+            assert [(v["in_flight"], v["leased"]) for v in view.values()] == [(1, 0)] * 3
+            held = [(i.queued_tokens, i.kv_tokens > 0) for i in b.router.fleet.instances()]
+            assert held == [(0, True)] * 3, "what decodes is no longer in the queue"
+            for fake in fakes:
+                fake.mid.set()
+            assert await asyncio.gather(*asked) == [b"".join(stream(4, start=0))] * 3
+            await b.idle()
+
+    run(test())
+
+
+async def _read(answer: Any) -> bytes:
+    async with answer as opened:
+        return bytes(await opened.read())
 
 
 def test_a_decode_that_cannot_be_reached_costs_no_second_prefill() -> None:

@@ -63,6 +63,7 @@ class Fake:
     async def up(self) -> AsyncIterator[Fake]:
         app = web.Application()
         app.router.add_post("/v1/completions", self._handle)
+        app.router.add_post("/v1/chat/completions", self._handle)
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -80,8 +81,8 @@ class Fake:
         if self.role == "prefill":
             return web.json_response(
                 {
-                    "choices": [{"index": 0, "text": "never shown", "finish_reason": "length"}],
-                    "usage": {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1},
+                    "choices": [{"text": "never shown", "message": {"content": "never shown"}}],
+                    "usage": {"prompt_tokens": len(body["prompt"] or "abc"), "completion_tokens": 1},
                     "kv_transfer_params": {
                         "opaque": [self.name, len(self.bodies)],
                         "do_remote_prefill": True,
@@ -114,10 +115,10 @@ class Bench:
     ) -> None:
         self.router, self.url, self.client, self.fakes = router, url, client, fakes
 
-    async def ask(self, **body: Any) -> tuple[int, Any]:
+    async def ask(self, path: str = "/v1/completions", **body: Any) -> tuple[int, Any]:
         """Status and answer; of a stream its frames."""
         asked = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 4, **body}
-        async with self.client.post(f"{self.url}/v1/completions", json=asked) as answer:
+        async with self.client.post(self.url + path, json=asked) as answer:
             data = await answer.read()
         if answer.status != 200 or not body.get("stream"):
             return answer.status, json.loads(data)
@@ -268,6 +269,60 @@ def test_what_fails_in_mid_stream_is_said(last: bytes) -> None:
         assert bench.router.metrics.requests[names.FAILED, False] == 1
 
     run(test)
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 0.5, "seed": 0}])
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(
+    "sent", [["A"], ["AB"], ["AB", "C"], ["A", "", "BC"], ["AB", "C", "D"]], ids=lambda sent: "+".join(sent)
+)
+def test_an_answer_that_can_be_given_again_goes_on(how: Json, chat: bool, sent: list[str]) -> None:
+    """Wherever it broke off and however it was cut into frames: the client has it once, whole, with its end."""
+
+    def said(text: str, finish: str | None = None) -> bytes:
+        part = {"delta": {"content": text}} if chat else {"text": text}
+        return frame({"choices": [{"index": 0, **part, "finish_reason": finish}]})
+
+    async def test(bench: Bench) -> None:
+        async def broken(http: web.Request, _: Json) -> web.StreamResponse:
+            return await streamed(http, *map(said, sent))
+
+        async def whole(http: web.Request, _: Json) -> web.StreamResponse:
+            return await streamed(http, said("AB"), said("C"), said("D"), said("", "length"), USAGE, DONE)
+
+        for decode in ("d0", "d1"):
+            bench.fakes[decode].trouble = [broken if decode == "d0" else whole]
+        asked = {"messages": [{"role": "user", "content": "a"}], "prompt": None} if chat else {}
+        path = "/v1/chat/completions" if chat else "/v1/completions"
+        _, frames = await bench.ask(path, stream=True, **how, **asked)
+        choices = [json.loads(f)["choices"][0] for f in frames[:-1]]
+        assert "".join(c["delta"]["content"] if chat else c["text"] for c in choices) == "ABCD"
+        assert [c["finish_reason"] for c in choices if c["finish_reason"]] == ["length"]
+        assert frames[-1] == b"[DONE]"
+        metrics = bench.router.metrics
+        assert (metrics.requests[names.OK, True], metrics.continuations) == (1, 1)
+        assert sum(metrics.output_tokens) == 4
+
+    run(test, decodes=2)
+
+
+@pytest.mark.parametrize("again", ["AX", "X"])
+def test_an_answer_given_again_otherwise_is_an_honest_error(again: str) -> None:
+    async def test(bench: Bench) -> None:
+        async def broken(http: web.Request, _: Json) -> web.StreamResponse:
+            return await streamed(http, choice("AB"))
+
+        async def other(http: web.Request, _: Json) -> web.StreamResponse:
+            return await streamed(http, choice(again), choice("CD", "length"), USAGE, DONE)
+
+        bench.fakes["d0"].trouble, bench.fakes["d1"].trouble = [broken], [other]
+        _, frames = await bench.ask(stream=True, temperature=0)
+        *sent, error, _ = frames
+        assert bench.text(sent) == "AB"
+        assert "not as the client has it" in json.loads(error)["error"]["message"]
+        assert bench.router.metrics.requests[names.FAILED, False] == 1
+
+    run(test, decodes=2)
 
 
 @pytest.mark.parametrize(

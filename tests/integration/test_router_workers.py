@@ -155,11 +155,15 @@ def test_answers_are_the_workers_own(run: Run) -> None:
 
 
 class Cutting:
-    """A decode worker that dies: the way to the real one, which ends after so many frames of an answer."""
+    """A decode worker that dies: the way to the real one, which ends after so many frames of an answer.
+
+    Or one that comes too late: what it is to pull (`late`) has been given up by then.
+    """
 
     def __init__(self) -> None:
-        self.after_frames = 0
+        self.after_frames = 10**6
         self.cuts = 0
+        self.late = 0
 
     @contextlib.asynccontextmanager
     async def up(self) -> AsyncIterator[Seen]:
@@ -180,6 +184,15 @@ class Cutting:
 
     async def _asked(self, client: asyncio.StreamReader, to_worker: asyncio.StreamWriter) -> None:
         while data := await client.read(65536):
+            head, _, body = data.partition(b"\r\n\r\n")
+            if self.late and head.startswith(b"POST"):
+                self.late -= 1
+                params = json.loads(body)["kv_transfer_params"]
+                async with (
+                    aiohttp.ClientSession() as session,
+                    session.post(url(PREFILL, "/release"), json=params) as answer,
+                ):
+                    assert answer.status == 200
             to_worker.write(data)
 
     async def _answered(self, worker: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
@@ -240,6 +253,34 @@ def test_an_answer_goes_on_as_if_nothing_had_happened(run: Run, chat: bool, aske
             assert made.metrics.continuations >= 3
             for host in (PREFILL, DECODE):
                 await free(workers, host)
+
+    run(test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hand_off_that_has_expired_costs_the_client_nothing(run: Run, stream: bool) -> None:
+    async def test(workers: Pair) -> None:
+        late = Cutting()
+        body = {**PLAIN, "temperature": 1, "seed": 5, "max_tokens": 12, "ignore_eos": True}
+        body |= {"return_token_ids": True}
+
+        async def tokens(base: str) -> list[int]:
+            if stream:
+                return joined(await streamed(workers, base, "/v1/completions", body))[1]
+            async with workers.session.post(base + "/v1/completions", json=body) as answer:
+                assert answer.status == 200
+                return list(json.loads(await answer.read())["choices"][0]["token_ids"])
+
+        async with late.up() as decode, router(SEEN[0], decode) as (made, base):
+            wanted = await tokens(base)
+            late.late = 2
+            assert await tokens(base) == wanted
+            assert not late.late
+            assert made.metrics.retries["decode"] == 2
+            await until(lambda: not made.proxy.active, "no request in flight")
+            made.fleet.check_integrity()
+        for host in (PREFILL, DECODE):
+            await free(workers, host)
 
     run(test)
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disaggserve import engines, latency, plan, search, simulate, workload
+from disaggserve import engines, latency, manifests, plan, search, simulate, workload
 from disaggserve.api import manifest
 from disaggserve.api.errors import InvalidInput
 from disaggserve.api.plan import Plan, Slot
@@ -59,7 +59,7 @@ def test_any_engine_says_what_the_own_one_costs() -> None:
     assert takes is not None, said
     assert 0 < float(takes[1]) < float(takes[3]) == pytest.approx(found.plan.goodput_per_gpu, abs=0.006)
     assert takes[2] == found.plan.setting.engine
-    assert found.refusal is not None
+    assert found.refusal is None
     # What is replayed is what was planned: colocated instances whose chunk the plan holds.
     again = Plan.model_validate_json(found.plan.model_dump_json(exclude_none=True), strict=True)
     predicted = plan.predict(again, plan.expected(spec(5)))
@@ -213,6 +213,61 @@ def test_another_protocol_is_another_pairing_key(monkeypatch: pytest.MonkeyPatch
     before = plan.pairing_key(spec())
     monkeypatch.setattr("disaggserve.wire.VERSION", 1_000)
     assert plan.pairing_key(spec()) != before
+
+
+# ---- instances that do both
+
+
+def colocated(engine: str, *roles: dict[str, Any]) -> plan.Draft:
+    shape = {"role": "mixed", "tp": 1, "pp": 1}
+    return plan.draft(
+        spec(1, engine={"type": engine}, plan={"roles": [{**shape, **r} for r in roles]}), FACTS
+    )
+
+
+def test_mixed_instances_by_hand_keep_their_chunk_to_the_pod() -> None:
+    found = colocated("vllm", {"count": 2, "chunk": 512})
+    assert found.refusal is None
+    assert (found.plan.mixed, found.plan.prefill) == ("2×tp1 with chunks of 512", "")
+    assert found.plan.predicted.attainment > 0.5
+    assert {(s.role, s.chunk) for s in found.instances} == {("mixed", 512)}
+    owner = manifests.Owner("chat", "default", "u")
+    pod = manifests.worker_pod(
+        owner,
+        spec(1, engine={"type": "vllm"}),
+        found.instances[0],
+        0,
+        1,
+        2048,
+        manifests.Images("worker", "router"),
+    )
+    command = pod["spec"]["containers"][0]["command"]
+    assert command[command.index("--max-num-batched-tokens") + 1] == "512"
+    labels = pod["metadata"]["labels"]
+    assert (labels[manifests.ROLE], labels[manifests.CHUNK]) == ("mixed", "512")
+
+
+@pytest.mark.parametrize(
+    ("engine", "roles", "words"),
+    [
+        ("vllm", [{"count": 1}], "never takes them whole"),
+        ("vllm", [{"count": 1, "chunk": 512}, {"count": 1, "chunk": 256}], "does not move a request"),
+        ("torch", [{"count": 1}], "Torch does not prefill and decode in one instance"),
+    ],
+)
+def test_mixed_instances_that_are_not_started_are_planned_and_refused_in_one_sentence(
+    engine: str, roles: list[dict[str, Any]], words: str
+) -> None:
+    found = colocated(engine, *roles)
+    assert found.refusal is not None
+    assert words in found.refusal
+    assert (
+        found.refusal.count(".") - found.refusal.count("planner.algorithm") - found.refusal.count("spec.plan")
+        == 1
+    )
+    assert {(r.role, r.count, r.chunk) for r in found.plan.roles} == {
+        ("mixed", r["count"], r.get("chunk")) for r in roles
+    }
 
 
 # ---- which pod is which

@@ -235,6 +235,10 @@ def test_pods_seen() -> None:
     found = discovery.seen(ending)
     assert found is not None
     assert (found.ready, found.draining) == (False, True)
+    ending["metadata"]["labels"]["disaggserve.dev/role"] = "mixed"
+    both = discovery.seen(ending)
+    assert both is not None
+    assert both.role == "mixed"
     ending["metadata"]["labels"]["disaggserve.dev/role"] = "router"
     assert discovery.seen(ending) is None
 

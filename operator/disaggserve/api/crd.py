@@ -124,6 +124,7 @@ _COLUMNS = (
     ("Phase", "string", ".status.phase", "Derived from conditions; for people only"),
     ("Prefill", "string", ".status.plan.prefill", "Prefill instances and shape"),
     ("Decode", "string", ".status.plan.decode", "Decode instances and shape"),
+    ("Mixed", "string", ".status.plan.mixed", "Instances that do both, their shape and chunk"),
     ("GPUs", "integer", ".status.plan.gpus", "GPUs of the plan"),
     (
         "Attainment",

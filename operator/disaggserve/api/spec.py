@@ -526,17 +526,10 @@ class PinnedPlan(ApiModel):
 
     rules = (
         Rule(
-            "self.roles.all(r, r.role != 'mixed')",
-            "roles must be prefill or decode; mixed is not carried out by this release",
-            lambda s: all(r.role != "mixed" for r in s.roles),
-            "roles",
-        ),
-        Rule(
-            "['prefill', 'decode'].all(n, self.roles.exists(r, r.role == n))",
-            "roles must name at least one prefill and one decode instance",
-            lambda s: (
-                {"prefill", "decode"} <= {r.role for r in s.roles} or any(r.role == "mixed" for r in s.roles)
-            ),
+            "self.roles.all(r, r.role == 'mixed') || (self.roles.all(r, r.role != 'mixed') && "
+            "['prefill', 'decode'].all(n, self.roles.exists(r, r.role == n)))",
+            "roles must name at least one prefill and one decode instance, or mixed ones and no others",
+            lambda s: {r.role for r in s.roles} in ({"mixed"}, {"prefill", "decode"}),
             "roles",
         ),
     )

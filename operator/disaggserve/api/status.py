@@ -45,6 +45,7 @@ class Proposal(ApiModel):
 
     prefill: Text = Field(description="Prefill in short. Example: 2×tp2.")
     decode: Text = Field(description="Decode in short. Example: 1×tp2.")
+    mixed: Text = Field(default="", description="Mixed in short. Example: 3×tp1 with chunks of 512.")
     gpus: int = Field(ge=1, description="GPUs. Example: 6.")
     attainment: float = Field(ge=0, le=1, description="Predicted attainment. Example: 0.95.")
     reason: str = Field(max_length=4096, description="Why it would be better, and why it waits.")

@@ -270,6 +270,7 @@ def operator(
     router_image: Annotated[str | None, typer.Option(help="Default image of the router.")] = None,
     watch: Annotated[list[str] | None, typer.Option(help="Namespace to serve; repeat; none is all.")] = None,
     health_port: Annotated[int, typer.Option(help="Port of /healthz and /metrics.", min=1, max=65535)] = 8080,
+    searches: Annotated[int, typer.Option(help="Plans searched for at the same time.", min=1, max=16)] = 1,
 ) -> None:
     """Runs the operator."""
     from dataclasses import replace
@@ -289,5 +290,6 @@ def operator(
             watch=tuple(watch or ()),
             health_port=health_port,
             health_host=settings.default_health_host(),
+            search_processes=searches,
         )
     )

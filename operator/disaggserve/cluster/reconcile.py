@@ -44,6 +44,8 @@ _DRAIN_POLL_S = 0.5
 _WAIT_POLL_S = 2.0
 _RETRY_S = 10.0
 _REST_S = 300.0
+_SEARCHES = 3
+"""As often a plan is searched for in one reconcile where others take its GPUs meanwhile."""
 _REFUSALS = (400, 403, 404, 422)
 """What asking again does not help: quota, Pod Security, an admission webhook, a missing service account or namespace."""
 
@@ -231,6 +233,7 @@ class Reconciler:
             report.proposal = Proposal(
                 prefill=verdict.plan.plan.prefill,
                 decode=verdict.plan.plan.decode,
+                mixed=verdict.plan.plan.mixed,
                 gpus=verdict.plan.plan.gpus,
                 attainment=verdict.plan.plan.predicted.attainment,
                 reason=verdict.reason,
@@ -272,7 +275,10 @@ class Reconciler:
         why: Why,
         now_s: float,
     ) -> observe.Snapshot:
-        """Searches, checks the path, commits. Whatever fails leaves the committed plan in force and says why."""
+        """Searches, checks the path, commits. Whatever fails leaves the committed plan in force and says why.
+
+        Searches run side by side, commits one after another; who finds its GPUs taken meanwhile searches again.
+        """
         if why.cause != "RollBack" and not self._warm():
             # Minutes at worst: the plan in force is carried out meanwhile, and status is kept.
             words = f"{why.reason}; planning begins when the search process has loaded the simulator"
@@ -284,9 +290,7 @@ class Reconciler:
             memory.traffic.latest(spec) if memory.traffic and plan.learned(spec, latest, why.cause) else None
         )
         try:
-            async with self._committing:
-                # Searched on what stands now: of two resources that want the same GPUs, the second sees the first's claim.
-                snap = await observe.snapshot(self._cluster, owner, now_s)
+            for tries_left in reversed(range(_SEARCHES)):
                 facts = self._facts(snap, excluded, now_s)
                 if why.cause == "RollBack":
                     draft = plan.Draft(snap.commits[-2].commit.plan, snap.commits[-2].commit.instances, None)
@@ -298,14 +302,20 @@ class Reconciler:
                     return snap
                 if latest and why.cause == "Drift" and draft.instances == latest.instances:
                     return snap
-                blocked = self._blocked(spec, snap, facts, draft, latest)
-                if blocked:
-                    reason = f"{why.cause}: a new plan waits: {blocked}"
-                    report.decision = Decision(time=rfc3339(now_s), action="Hold", reason=reason[:4000])
-                    report.set("Progressing", "False", "HeldForGPUs", reason)
-                    await self._events.say(owner, "Warning", "Hold", reason, now_s, why.cause)
-                    return snap
-                return await self._commit(owner, spec, snap, draft, why, excluded, now_s)
+                async with self._committing:
+                    # Of several that want the same GPUs the first to commit has them: the others see its claim here.
+                    snap = await observe.snapshot(self._cluster, owner, now_s)
+                    now = self._facts(snap, excluded, now_s)
+                    blocked = self._blocked(spec, snap, now, draft, latest)
+                    if not blocked:
+                        return await self._commit(owner, spec, snap, draft, why, excluded, now_s)
+                if not tries_left or now.key() == facts.key():
+                    break  # searched on what stands now, and it cannot be reached
+            reason = f"{why.cause}: a new plan waits: {blocked}"
+            report.decision = Decision(time=rfc3339(now_s), action="Hold", reason=reason[:4000])
+            report.set("Progressing", "False", "HeldForGPUs", reason)
+            await self._events.say(owner, "Warning", "Hold", reason, now_s, why.cause)
+            return snap
         except Infeasible as error:
             await self._infeasible(owner, snap, report, error, why, now_s)
         except DisaggServeError as error:
@@ -612,7 +622,8 @@ def _keep_advice(report: Report, old: Json) -> None:
     said, last = old.get("proposal"), old.get("lastDecision")
     if report.proposal is None or not said or not last or last["action"] != "Advise":
         return
-    if (said["prefill"], said["decode"]) == (report.proposal.prefill, report.proposal.decode):
+    new = report.proposal
+    if (said["prefill"], said["decode"], said.get("mixed", "")) == (new.prefill, new.decode, new.mixed):
         report.proposal = Proposal.model_validate(said)
         report.decision = Decision.model_validate(last)
 

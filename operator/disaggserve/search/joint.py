@@ -423,7 +423,10 @@ class Joint:
                     Rejected(str(one), f"{share:.1%} keep the promise on {_gpus(cost.gpus)}")
                 )
                 continue
-            if reason := engines.refuse_mixed(problem.engine, len(one.parts)):
+            refused = (engines.refuse_chunk(problem.engine, chunk) for _, chunk in one.parts)
+            if reason := engines.refuse_mixed(problem.engine, len(one.parts)) or next(
+                filter(None, refused), None
+            ):
                 words = f"{reason}; it would take {_gpus(cost.gpus)}"
                 self.rejected.insert(0, Rejected(str(one), words))
                 if not problem.engine.colocates:

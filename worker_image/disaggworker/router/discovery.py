@@ -45,7 +45,11 @@ def seen(pod: Json) -> Seen | None:
     meta, status = pod["metadata"], pod.get("status") or {}
     labels = meta.get("labels") or {}
     role, address = labels.get(ROLE), status.get("podIP")
-    if role not in ("prefill", "decode") or not address or status.get("phase") in ("Succeeded", "Failed"):
+    if (
+        role not in ("prefill", "decode", "mixed")
+        or not address
+        or status.get("phase") in ("Succeeded", "Failed")
+    ):
         return None
     ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions") or ())
     host = f"[{address}]" if ":" in address else address
@@ -84,7 +88,7 @@ class Discovery:
 
     def __init__(self, namespace: str, resource: str, changed: Callable[[Iterable[Seen]], None]) -> None:
         self._path = f"/api/v1/namespaces/{namespace}/pods"
-        self._selector = f"{RESOURCE}={resource},{ROLE} in (prefill,decode)"
+        self._selector = f"{RESOURCE}={resource},{ROLE} in (prefill,decode,mixed)"
         self._changed = changed
         self._pods: dict[str, Json] = {}
 

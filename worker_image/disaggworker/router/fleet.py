@@ -17,7 +17,8 @@ from disaggserve.protocol import Load
 from disaggworker.router.prefixes import Prefixes
 from disaggworker.router.request import Request
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "mixed"]
+Phase = Literal["prefill", "decode"]
 
 BAR_FIRST_S, BAR_MOST_S = 0.5, 10.0
 BAR_ANSWERED_S = 0.25
@@ -74,6 +75,9 @@ class Instance:
         self.prefixes = Prefixes()
         self.caches = False  # it has a prefix cache, and says what it found there
 
+    def does(self, phase: Phase) -> bool:
+        return self.seen.role in (phase, "mixed")
+
     @property
     def admitting(self) -> bool:
         return self.known and self.seen.ready and not self.seen.draining
@@ -122,6 +126,12 @@ class Hold:
         self._drop()
         self._leased = 1
         self.instance.leased += 1
+
+    def decodes(self, kv_tokens: int) -> None:
+        """A mixed instance has prefilled it, and goes on with it."""
+        self.instance.queued_tokens -= self._queued_tokens
+        self.instance.kv_tokens += kv_tokens
+        self._queued_tokens, self._kv_tokens = 0, self._kv_tokens + kv_tokens
 
     def grow(self, tokens: int) -> None:
         """So many tokens more were generated."""
@@ -225,15 +235,14 @@ class Fleet:
 
     def lacking(self) -> str | None:
         """Why no request could be served now, or None when one could."""
+        phases: tuple[Phase, ...] = ("prefill", "decode")
         keys = {
-            role: {
-                i.seen.pairing_key for i in self._instances.values() if i.seen.role == role and i.admitting
-            }
-            for role in ("prefill", "decode")
+            phase: {i.seen.pairing_key for i in self._instances.values() if i.does(phase) and i.admitting}
+            for phase in phases
         }
         if keys["prefill"] & keys["decode"]:
             return None
-        missing = [role for role in ("prefill", "decode") if not keys[role]]
+        missing = [phase for phase in phases if not keys[phase]]
         if missing:
             return f"no {' and no '.join(missing)} instance is ready"
         return "no ready prefill instance has the pairing key of a ready decode instance"
@@ -274,14 +283,10 @@ class Fleet:
         """Prefill found so many tokens of a prompt in its prefix cache; None where it does not say."""
         instance.caches = tokens is not None
 
-    def _of(self, role: Role, pairing_key: str) -> list[Instance]:
-        return [
-            i for i in self._instances.values() if i.seen.role == role and i.seen.pairing_key == pairing_key
-        ]
+    def _of(self, phase: Phase, pairing_key: str) -> list[Instance]:
+        return [i for i in self._instances.values() if i.does(phase) and i.seen.pairing_key == pairing_key]
 
-    def _admitting(self, role: Role, now_s: float) -> list[Instance]:
+    def _admitting(self, phase: Phase, now_s: float) -> list[Instance]:
         return [
-            i
-            for i in self._instances.values()
-            if i.seen.role == role and i.admitting and now_s >= i.barred_until_s
+            i for i in self._instances.values() if i.does(phase) and i.admitting and now_s >= i.barred_until_s
         ]

@@ -14,7 +14,6 @@ import msgspec
 
 from disaggserve.protocol import Load
 from disaggserve.wire import VERSION
-from disaggworker.router import vllm
 from disaggworker.router.fleet import Fleet, Instance
 from disaggworker.router.upstream import Broken, UpstreamError, Upstreams
 
@@ -52,9 +51,6 @@ class Loads:
 
     async def _listen(self, instance: Instance) -> None:
         backoff_s = _BACKOFF_FIRST_S
-        if instance.seen.engine == vllm.NAME:
-            instance.lost = False  # its /load is another
-            return
         while True:
             before = instance.others
             try:

@@ -64,7 +64,7 @@ class Metrics:
         self.lengths = [[0] * columns for _ in range(rows)]
         self.input_tokens, self.output_tokens = [0] * rows, [0] * columns
         self.uncached_tokens = 0
-        self.retries = {"prefill": 0, "decode": 0}
+        self.retries = {"prefill": 0, "decode": 0, "mixed": 0}
         self.continuations = 0
         self.ttft, self.tpot = Histogram(names.TTFT_BUCKETS), Histogram(names.TPOT_BUCKETS)
 

@@ -3,7 +3,8 @@
 Two steps, as vLLM's disaggregated serving has them (REFERENCE § 7). An instance that fails costs the request time and nothing
 else. Before the first token it is tried again elsewhere. After it, another prefill instance computes the prompt and the tokens
 that the client has, draws the next one as it would have been drawn (the same seed, the same place in the answer), and the
-stream goes on. Only where an engine does not name its tokens and its seed (vLLM), the stream ends with an error.
+stream goes on. vLLM takes no such place: it gives the whole answer again, if it is greedy or has a seed, and what the client
+has is not passed on twice. What cannot go on either way ends with an error.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from disaggworker.router.config import Config
 from disaggworker.router.fleet import Fleet, Hold, Instance
 from disaggworker.router.metrics import Metrics
 from disaggworker.router.request import Request, request_id
-from disaggworker.router.upstream import Reply, Unreachable, UpstreamError, Upstreams
+from disaggworker.router.upstream import Broken, Reply, Unreachable, UpstreamError, Upstreams
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +163,7 @@ class Exchange:
         self._tokens = 0  # of the answer so far
         self._answered: list[int] = []  # which they are, where the engine says so
         self._seed: int | None = None  # with which they are drawn, where the engine says so
+        self._said: str | None = None  # its text so far, where the same request gives it again (vLLM)
         self._uncached = 0
         self.outcome = names.FAILED
 
@@ -231,7 +233,7 @@ class Exchange:
                 if lost.instance is not None:
                     self._fault(lost.instance, answered=lost.answered)
                 if self._client is not None and not self._can_go_on:
-                    why = "the answer cannot go on elsewhere: its engine names neither tokens nor seed"
+                    why = "the answer cannot go on elsewhere: its engine names neither tokens nor seed, and does not repeat it"
                     raise errors.InstanceFailed(f"{lost}; {why}") from lost
                 if failures == ATTEMPTS:
                     raise errors.InstanceFailed(
@@ -240,7 +242,7 @@ class Exchange:
 
     @property
     def _can_go_on(self) -> bool:
-        return self._seed is not None and len(self._answered) == self._tokens
+        return self._said is not None or (self._seed is not None and len(self._answered) == self._tokens)
 
     # ------------------------------------------------------------------------------------- one attempt
 
@@ -254,6 +256,8 @@ class Exchange:
         hold = Hold(instance, queued_tokens=request.uncached_tokens + len(self._answered))
         params: dict[str, Any] = {}
         try:
+            if instance.seen.role == "mixed":
+                return await self._whole(hold)
             if instance.seen.engine == vllm.NAME:
                 vllm.refuse(request.body)
                 answer = await self._prefill(instance, vllm.for_prefill(request.body, chat=request.chat))
@@ -433,22 +437,70 @@ class Exchange:
                 self._last_s = clock()
                 hold.grow(stream.tokens - seen)
                 seen = stream.tokens
-            if not whole:
-                return
-            if transport is None or transport.is_closing():
-                raise ClientGone
-            transport.write(b"%x\r\n%b\r\n" % (len(whole), whole) if chunked else whole)
-            if transport.get_write_buffer_size() > _MOST_UNSENT:
-                reply.pause()
-                _resume_later(reply, transport)
+            if whole:
+                if transport is None or transport.is_closing():
+                    raise ClientGone
+                transport.write(b"%x\r\n%b\r\n" % (len(whole), whole) if chunked else whole)
+                if transport.get_write_buffer_size() > _MOST_UNSENT:
+                    reply.pause()
+                    _resume_later(reply, transport)
+            if stream.error:
+                raise Broken(stream.error[:200].decode("utf-8", "replace").strip().removeprefix("data: "))
 
         try:
+            sink(b"")  # what has been read before may say an error
             await reply.stream(sink)
         except UpstreamError as error:
             return f"{instance} failed in mid-stream: {error}"
-        if stream.error:
-            return f"{instance} failed in mid-stream: {stream.error[:200].decode('utf-8', 'replace').strip().removeprefix('data: ')}"
         return f"{instance} ended its stream before the answer's end"
+
+    # ------------------------------------------------------------------------------------- an answer of one instance
+
+    async def _whole(self, hold: Hold) -> web.StreamResponse:
+        """A mixed instance does both: it is sent what the client asked, and there is nothing to hand over."""
+        instance, request, sent_s = hold.instance, self._request, self._clock()
+        try:
+            with contextlib.closing(await self._post(instance, vllm.for_decode(request.body, None))) as reply:
+                if reply.status != 200:
+                    self._judge(instance, reply.status, await reply.read())
+                if request.stream:
+                    return await self._own_stream(hold, reply)
+                data = await reply.read()
+        except UpstreamError as error:
+            raise Lost(instance, f"{instance} failed: {error}") from error
+        self._count_prompt(self._read_answer(instance, data, sent_s))
+        return self._end_answer(instance, data)
+
+    def _read_answer(self, instance: Instance, data: bytes, sent_s: float) -> dict[str, Any]:
+        """Tokens and times of an answer in one piece; its usage. Raises Lost."""
+        try:
+            answer = msgspec.json.decode(data)
+            usage: dict[str, Any] = answer["usage"]
+            self._tokens = int(usage["completion_tokens"])
+            own_s = vllm.first_token_s(answer)
+        except (msgspec.DecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise Lost(instance, f"{instance} answered without usage: {error!r}", answered=True) from error
+        if vllm.aborted(answer):
+            raise Lost(instance, f"{instance} is ending, and let go of the request", answered=True)
+        self._last_s = self._clock()
+        # One that does not say when its first token came may have had it as late as its last.
+        self._first_s = self._last_s if own_s is None else sent_s + own_s
+        return usage
+
+    def _count_prompt(self, usage: dict[str, Any]) -> None:
+        """What a mixed instance says of the prompt; prefill's answer says it elsewhere."""
+        self._leave_queue(served=True)
+        said = usage.get("prompt_tokens")
+        if type(said) is int:
+            self._request.input_tokens = said
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        self._uncached = max(0, self._request.input_tokens - cached)
+
+    def _end_answer(self, instance: Instance, data: bytes) -> web.Response:
+        self._fleet.generated(instance)
+        self._fleet.worked(instance)
+        self.outcome = names.OK
+        return self._proxy.headed(errors.response(200, data), self._request.id)
 
     # ------------------------------------------------------------------------------------- vLLM's second step
 
@@ -474,27 +526,12 @@ class Exchange:
                         if reply.status != 200:
                             self._judge(instance, reply.status, await reply.read())
                         if request.stream:
-                            return await self._vllm_stream(lease, hold, reply, patience)
+                            return await self._own_stream(hold, reply, lease, patience)
                         data = await reply.read()
-                try:
-                    answer = msgspec.json.decode(data)
-                    self._tokens = int(answer["usage"]["completion_tokens"])
-                    own_s = vllm.first_token_s(answer)
-                except (msgspec.DecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
-                    raise Lost(
-                        instance, f"{instance} answered without usage: {error!r}", answered=True
-                    ) from error
-                if vllm.aborted(answer):
-                    raise Lost(instance, f"{instance} is ending, and let go of the request", answered=True)
-                self._last_s = self._clock()
-                # One that does not say when its first token came may have had it as late as its last.
-                self._first_s = self._last_s if own_s is None else sent_s + own_s
+                self._read_answer(instance, data, sent_s)
                 if vllm.late(self._first_s - answered_s):
                     raise Lost(None, f"{instance} came for its KV after {prefill} had let go of it")
-                self._fleet.generated(instance)
-                self._fleet.worked(instance)
-                self.outcome = names.OK
-                return self._proxy.headed(errors.response(200, data), request.id)
+                return self._end_answer(instance, data)
             except Unreachable as error:
                 # It never saw the request, so the KV is still on prefill, for another decode.
                 log.warning("request %s: %s", request.id, error)
@@ -507,26 +544,44 @@ class Exchange:
             finally:
                 hold.end()
 
-    async def _vllm_stream(
-        self, lease: Hold, hold: Hold, reply: Reply, patience: asyncio.Timeout
+    async def _own_stream(
+        self, hold: Hold, reply: Reply, lease: Hold | None = None, patience: asyncio.Timeout | None = None
     ) -> web.StreamResponse:
-        """The headers come before the pull, and say nothing; the first token does, for which there is so much patience."""
+        """A stream that is all the instance's own. Its headers come before its first token, and say nothing; that one does, for
+        which there is so much patience where KV is leased."""
         instance = hold.instance
-        stream, begun = vllm.Frames(keep_usage=self._request.include_usage), b""
+        request, again = self._request, self._client is not None
+        stream = vllm.Frames(
+            keep_usage=request.include_usage, note=vllm.repeatable(request.body), after=self._said or ""
+        )
+        begun = b""
         while not stream.begun and stream.error is None and (piece := await reply.piece()):
             begun += stream.feed(piece)
-        patience.reschedule(None)
+        if patience is not None:
+            patience.reschedule(None)
         if not stream.begun:
             said = (stream.error or b"nothing")[:200].decode("utf-8", "replace")
             raise Lost(instance, f"{instance} answered no token but {said}", answered=True)
-        lease.end()
-        self._first_s = self._last_s = self._clock()
-        client = self._client = await self._begin()
-        await self._write(client, begun)
+        if lease is not None:
+            lease.end()
+        else:
+            self._leave_queue(served=True)
+            hold.decodes(request.input_tokens)
+        if again:
+            self._proxy.metrics.continuations += 1
+        else:
+            self._first_s = self._last_s = self._clock()
+        client = self._client = self._client or await self._begin()
+        if begun:
+            await self._write(client, begun)
         why = await self._relay(reply, stream, hold)
         self._tokens = stream.tokens
+        if lease is None:
+            self._count_prompt(stream.usage)
         if not stream.done:
-            raise Lost(instance, why, answered=stream.error is not None)
+            further = stream.said != self._said
+            self._said = stream.said
+            raise Lost(instance, why, answered=stream.error is not None, further=further)
         self._fleet.worked(instance)
         self.outcome = names.OK
         return await self._finish(client)

@@ -25,6 +25,11 @@ NAME = "vllm"  # of the pods' engine label
 # Prefill's lease begins a little before its answer is here.
 LATE_S = LEASE_S - 2.0
 
+# Prefill's token is dropped: nothing that shapes it matters, and some of it would be refused beside one token.
+_OF_THE_ANSWER = (
+    *("max_tokens", "max_completion_tokens", "min_tokens", "stream_options", "stop", "echo"),
+    *("logprobs", "top_logprobs"),
+)
 _REMOTE = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
 
 
@@ -49,8 +54,7 @@ def refuse(body: dict[str, Any]) -> None:
 def for_prefill(body: dict[str, Any], *, chat: bool) -> bytes:
     """The same prompt for one token, its KV kept for whoever asks."""
     out = dict(body)
-    for field in ("max_tokens", "max_completion_tokens", "min_tokens", "stream_options", "stop", "echo"):
-        # Prefill's token is dropped: nothing that shapes it matters, and some of it would be refused beside one token.
+    for field in _OF_THE_ANSWER:
         out.pop(field, None)
     return msgspec.json.encode(
         out
@@ -66,9 +70,12 @@ def for_prefill(body: dict[str, Any], *, chat: bool) -> bytes:
     )
 
 
-def for_decode(body: dict[str, Any], kv_transfer_params: dict[str, Any]) -> bytes:
-    """What the client sent, and where the KV is. A stream always says how many tokens it had: frames may hold several."""
-    out = {**body, "kv_transfer_params": kv_transfer_params}
+def for_decode(body: dict[str, Any], kv_transfer_params: dict[str, Any] | None) -> bytes:
+    """What the client sent, and where the KV is (None: it shall be computed there). A stream always says how many tokens it
+    had: frames may hold several."""
+    out = dict(body)
+    if kv_transfer_params is not None:
+        out["kv_transfer_params"] = kv_transfer_params
     if body.get("stream"):
         out["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
     return msgspec.json.encode(out)
@@ -93,17 +100,29 @@ def aborted(answer: dict[str, Any]) -> bool:
     return any(choice.get("finish_reason") == "abort" for choice in answer.get("choices") or ())
 
 
+def repeatable(body: dict[str, Any]) -> bool:
+    """Whether the same request gives the same answer: greedy, or drawn with a seed from its first token on."""
+    return body.get("temperature") == 0 or body.get("seed") is not None
+
+
 class Frames:
-    """A decode's stream on its way through: told apart, counted, and without the usage that only the router asked for."""
+    """A decode's stream on its way through: told apart, counted, and without the usage that only the router asked for.
 
-    __slots__ = ("_keep_usage", "_rest", "begun", "done", "error", "tokens")
+    With `note`, the text is kept in `said`, so that the answer can be given again elsewhere: then `after` is what the client
+    has of it, which is not passed on once more. An answer that begins otherwise is an `error`.
+    """
 
-    def __init__(self, *, keep_usage: bool) -> None:
+    __slots__ = ("_ahead", "_keep_usage", "_rest", "_said", "begun", "done", "error", "tokens", "usage")
+
+    def __init__(self, *, keep_usage: bool, note: bool = False, after: str = "") -> None:
         self._keep_usage, self._rest = keep_usage, b""
+        self._ahead = after  # what of `after` has not come again yet
+        self._said = [after] if note else None
         self.begun = False  # a frame with a choice has come: the first token is there
         self.done = False
         self.error: bytes | None = None  # the frame that says what failed, without `data: `
         self.tokens = 0  # one a frame, until usage at the end says how many there were
+        self.usage: dict[str, Any] = {}
 
     def feed(self, chunk: bytes) -> bytes:
         """The whole frames that are here now, to be passed on; none from an error on."""
@@ -128,10 +147,48 @@ class Frames:
         elif frame.startswith(b"data: "):
             self.begun = True
             self.tokens += 1
+            if self._said is not None:
+                return self._noted(frame)
         return frame + b"\n\n"
+
+    @property
+    def said(self) -> str | None:
+        """The text that the client has; None where the answer cannot be given again."""
+        return None if self._said is None else "".join(self._said)
+
+    def _noted(self, frame: bytes) -> bytes:
+        """The frame, or as much of it as the client does not have."""
+        assert self._said is not None
+        answer = msgspec.json.decode(frame[6:])
+        choice = answer["choices"][0]
+        chat = "delta" in choice
+        where, field = (choice["delta"], "content") if chat else (choice, "text")
+        if chat and where.keys() - {"role", "content"}:
+            self._said = None  # tool calls and reasoning are more than a text
+            if not self._ahead:
+                return frame + b"\n\n"
+            return self._otherwise()
+        text, ahead = where.get(field) or "", self._ahead
+        if not ahead:
+            self._said.append(text)
+            return frame + b"\n\n"
+        more = text[len(ahead) :]
+        if not (ahead.startswith(text) or (text.startswith(ahead) and not choice.get("logprobs"))):
+            return self._otherwise()
+        self._ahead = ahead[len(text) :]
+        if not more and not choice.get("finish_reason"):
+            return b""
+        where[field] = more
+        self._said.append(more)
+        return b"data: " + msgspec.json.encode(answer) + b"\n\n"
+
+    def _otherwise(self) -> bytes:
+        self.error, self._said = b"it gave the answer again, and not as the client has it", None
+        return b""
 
     def _count(self, frame: bytes) -> None:
         try:
-            self.tokens = int(msgspec.json.decode(frame[6:])["usage"]["completion_tokens"])
+            self.usage = msgspec.json.decode(frame[6:])["usage"]
+            self.tokens = int(self.usage["completion_tokens"])
         except (msgspec.DecodeError, LookupError, TypeError, ValueError):
             return  # frames were counted

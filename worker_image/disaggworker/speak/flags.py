@@ -69,8 +69,9 @@ def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Settings:
             "--speak vllm: --kv-transfer-config must name NixlConnector; this stand-in has no other."
         )
     extra = transfer.get("kv_connector_extra_config") or {}
-    compared = [flags.model, flags.dtype, flags.kv_cache_dtype]
     name = flags.served_model_name or flags.model
+    # On simulated nodes every pod has another path for the same mount: there, with weights of our own, the name tells.
+    compared = [name if flags.weights else flags.model, flags.dtype, flags.kv_cache_dtype]
     own = ["decode", "--model", name, "--served-name", name, "--weights", flags.weights or flags.model]
     own += ["--tp", str(flags.tensor_parallel_size), "--pp", str(flags.pipeline_parallel_size)]
     own += ["--context-length", str(flags.max_model_len), "--dtype", flags.dtype, "--port", str(flags.port)]

@@ -390,6 +390,7 @@ class Server:
             self._figures.pulled_tokens += sequence.length
         except TransferError as e:
             self._failed_pulls += 1
+            print(f"A pull failed: {e}", file=sys.stderr)
             raise _Failed from e
         finally:
             renewing.cancel()
