@@ -104,6 +104,29 @@ def test_logits_of_every_shape_are_those_of_transformers(server: Server, name: s
     assert len(seen) > len(LENGTHS)
 
 
+def test_half_precision_is_as_near_as_transformers_own(server: Server) -> None:
+    from safetensors.torch import load_file
+
+    from tests.integration.rank_case import steps, texts
+
+    folder = make_tiny(MODELS["llama"], server.folder / "llama", layers=2, heads=4, hidden=64)
+    exact, half = transformers_model(folder), transformers_model(folder).to(torch.bfloat16)
+    out = server.folder / "half"
+    code, said = server.call("tests.integration.rank_case:main", str(folder), "2", "2", "bfloat16", str(out))
+    assert code == 0, said
+    given = load_file(out)
+    with torch.inference_mode():
+        right = [exact(torch.tensor([text])).logits[0] for text in texts()]
+        near = [half(torch.tensor([text])).logits[0].float() for text in texts()]
+    ours, theirs = [], []
+    for number, (rows, ends, _) in enumerate(steps(2)):
+        for i, (row, end) in enumerate(zip(rows, ends, strict=True)):
+            assert given[str(number)].dtype == torch.bfloat16
+            ours.append((given[str(number)][i].float() - right[row][end - 1]).abs().mean())
+            theirs.append((near[row][end - 1] - right[row][end - 1]).abs().mean())
+    assert sum(ours) < 1.3 * sum(theirs)
+
+
 class Worker:
     """A worker of several ranks, forked like a container on the local control plane."""
 
@@ -234,7 +257,7 @@ def test_a_worker_of_four_ranks_answers_and_drains(server: Server, tiny: Path) -
 def test_kv_goes_from_any_shape_to_any_other(
     server: Server, tiny: Path, prefill: tuple[int, int], decode: tuple[int, int]
 ) -> None:
-    tokens = 20
+    tokens = 10
     prompts = [[5 + (i * 7919 + n) % 500 for i in range(n)] for n in (1, 16, 33, 120, 700, 17)]
     oracle = transformers_model(tiny)
     expected = [

@@ -186,7 +186,7 @@ class Worker:
                 self._ranks.on_end = self._lost
                 self._ranks.listen()
                 runner, ends = lead(config, self._ranks)
-                puller: Puller = LeadPuller(config, Part.of(runner.model, runner.pool), self._ranks)
+                puller: Puller = LeadPuller(config, runner.part, self._ranks)
             else:
                 runner, ends = self._alone()
                 puller = Puller(config.pairing_key, runner.pool, ways=[Shm()], checksum=config.kv_checksum)
@@ -202,8 +202,9 @@ class Worker:
         with torch.inference_mode():
             engine.warm_up()
         instance = Instance(config, pace, engine, text, self.metrics, self.book, self._loop)
+        part = Part.of(runner.model, runner.pool)
         self._kv_server.ranks = self._ranks
-        self._kv_server.serve(runner.pool, place_of(Part.of(runner.model, runner.pool)))
+        self._kv_server.serve(runner.pool, place_of(part))
         self._kv_client.puller = puller
         self._serve = {
             "prefill": Prefill(instance, self._kv_server).serve,
