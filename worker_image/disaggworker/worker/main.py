@@ -63,14 +63,9 @@ Serve = Callable[[web.Request, openai.Ask], Awaitable[web.StreamResponse]]
 def run(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises `StartError`."""
     config = configuration.read(argv)
-    # A paced worker keeps the time of many GPUs with one tiny model, computed here.
-    size = 1 if config.pace else config.tp * config.pp
     # They are forked: this process has one thread so far, and no GPU.
-    ranks = (
-        Ranks(size - 1, functools.partial(follow, config, attend=functools.partial(Attendant, config)))
-        if size > 1
-        else None
-    )
+    body = functools.partial(follow, config, attend=functools.partial(Attendant, config))
+    ranks = Ranks(config.ranks - 1, body) if config.ranks > 1 else None
     try:
         code: int = uvloop.run(Worker(config, ranks).main())
         if ranks and ranks.ended.is_set():

@@ -81,7 +81,7 @@ class Attendant:
     def __init__(self, config: Config, part: Part, say: Callable[[bytes], None]) -> None:
         """Serves at once. Raises `StartError`."""
         place, ways = place_of(part), [Shm()]
-        self._say = say
+        self._say, self._device = say, part.pool.device
         self._server = KVServer(
             config.pod_ip, config.kv_port + part.rank, config.pairing_key, math.inf, follows=True, ways=ways
         )
@@ -94,13 +94,20 @@ class Attendant:
         """Do what rank 0 says."""
         match _read_note(note):
             case Hold(handoff, generation, blocks):
+                self._settle()
                 self._server.hold(handoff, generation, blocks, [], lambda: None)
             case Drop(handoff):
                 self._server.drop(handoff)
             case Fetch() as fetch:
+                self._settle()
                 self._thread.submit(self._fetch, fetch)
             case Stop(number):
                 self._stopped.add(number)
+
+    def _settle(self) -> None:
+        # A step is over for this thread when its last kernel is queued; others read and write the blocks on their own.
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def _fetch(self, fetch: Fetch) -> None:
         number = fetch.number
@@ -116,6 +123,7 @@ class Attendant:
         """The worker ends."""
         self._server.close()
         self._thread.shutdown()
+        self._puller.close()
 
 
 class Others:
