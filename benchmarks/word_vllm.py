@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -87,17 +88,21 @@ def servers(weights: Path, folder: Path) -> Iterator[None]:
             env = os.environ | environment.variables(folder / host)
             env |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": host, "VLLM_NIXL_SIDE_CHANNEL_PORT": "5600"}
             with (folder / f"{host}.log").open("wb") as log:
-                running.append(subprocess.Popen(argv, env=env, stdout=log, stderr=log))
+                running.append(
+                    subprocess.Popen(argv, env=env, stdout=log, stderr=log, start_new_session=True)
+                )
         deadline_s = time.monotonic() + START_S
         for host, process in zip(HOSTS.values(), running, strict=True):
             while not _serves(f"http://{host}:{PORT}/health"):
                 if process.poll() is not None or time.monotonic() > deadline_s:
-                    raise SystemExit(f"vLLM does not start: see {folder / host}.log")
+                    words = (folder / f"{host}.log").read_text(errors="replace")[-1500:]
+                    raise SystemExit(f"vLLM does not start:\n{words}")
                 time.sleep(0.5)
         yield
     finally:
         for process in running:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its engine is a process of its own
             process.wait()
 
 
