@@ -44,7 +44,7 @@ class Row:
     requests: int
     served: dict[str, Any]
     simulated: dict[str, Any]
-    late: float  # share of steps
+    late: float | None  # share of steps; None: not paced
 
     @property
     def difference(self) -> float:
@@ -71,7 +71,8 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {row.rate:.2f} | {row.requests} | {100 * served['attainment']:.1f} "
             f"({100 * served['attainmentLow']:.1f} to {100 * served['attainmentHigh']:.1f}) | "
-            f"{100 * simulated['attainment']:.1f} | {100 * row.difference:+.1f} | {row.late:.2%} | {times} |"
+            f"{100 * simulated['attainment']:.1f} | {100 * row.difference:+.1f} | "
+            f"{'–' if row.late is None else f'{row.late:.2%}'} | {times} |"
         )
     return "\n".join(lines)
 
@@ -82,7 +83,7 @@ def verdict(rows: Sequence[Row], bound: float) -> int:
     print(
         f"largest difference {max(abs(row.difference) for row in rows) * 100:.1f} points, bound {bound * 100:g}"
     )
-    if late := [row.rate for row in rows if row.late >= LATE_BOUND]:
+    if late := [row.rate for row in rows if row.late is not None and row.late >= LATE_BOUND]:
         print(
             f"not valid at {late} req/s: {LATE_BOUND:.0%} of the steps and more were late; it wants a quieter machine"
         )

@@ -227,6 +227,29 @@ def decode(transport: protocol.Way, *args: Place, **more: object) -> Iterator[De
         made.close()
 
 
+def meanwhile(
+    monkeypatch: pytest.MonkeyPatch, transport: protocol.Way, here: Decode, action: Callable[[], None]
+) -> None:
+    """Do this once when a pull has written something; NIXL's is one write."""
+    done: list[bool] = []
+
+    def after(write: Callable[..., None], nth: int) -> Callable[..., None]:
+        count = itertools.count(1)
+
+        def written(*args: object) -> None:
+            write(*args)
+            if next(count) >= nth and not done:
+                done.append(True)
+                action()
+
+        return written
+
+    if transport == "nixl":
+        monkeypatch.setattr(nixl._Source, "read", after(nixl._Source.read, 1))
+    else:
+        monkeypatch.setattr(here.pool, "put", after(here.pool.put, 3))
+
+
 def until(true: Callable[[], bool], what: str) -> None:
     end = time.monotonic() + WAIT_S
     while not true():
@@ -461,17 +484,9 @@ def test_a_server_killed_before_the_pull(transport: protocol.Way) -> None:
 
 def test_a_server_killed_in_mid_pull(transport: protocol.Way, monkeypatch: pytest.MonkeyPatch) -> None:
     with far(transport) as (kill, handoff), decode(transport, layers=8) as here:
-        put, puts = here.pool.put, itertools.count()
-
-        def deadly(*args: object) -> None:
-            put(*args)  # type: ignore[arg-type]
-            if next(puts) == 2:
-                kill()
-
-        monkeypatch.setattr(here.pool, "put", deadly)
+        meanwhile(monkeypatch, transport, here, kill)
         with pytest.raises(PeerLost):
             here.pull(handoff, list(range(22)))
-        assert next(puts) > 2
 
 
 def test_a_hand_off_dropped_in_mid_pull(transport: protocol.Way, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,16 +494,14 @@ def test_a_hand_off_dropped_in_mid_pull(transport: protocol.Way, monkeypatch: py
     shape = {"layers": 8}
     blocks = list(range(22))
     with prefill(transport, **shape) as made, decode(transport, **shape) as here:
-        handoff, put, puts = made.hold(blocks), here.pool.put, itertools.count()
+        handoff = made.hold(blocks)
 
-        def reuse(*args: object) -> None:
-            put(*args)  # type: ignore[arg-type]
-            if next(puts) == 2:
-                made.servers[0].drop("h")
-                for tensor in (*made.pools[0].keys, *made.pools[0].values):
-                    tensor.fill_(9)
+        def reuse() -> None:
+            made.servers[0].drop("h")
+            for tensor in (*made.pools[0].keys, *made.pools[0].values):
+                tensor.fill_(9)
 
-        monkeypatch.setattr(here.pool, "put", reuse)
+        meanwhile(monkeypatch, transport, here, reuse)
         with pytest.raises(HandoffGone):
             here.pull(handoff, blocks)
         assert made.freed == 1
@@ -517,14 +530,13 @@ def test_a_pull_that_is_cancelled_writes_nothing_more(
     shape = {"layers": 8}
     blocks = list(range(22))
     with prefill(transport, **shape) as made, decode(transport, **shape) as here:
-        handoff, put, begun, go = made.hold(blocks), here.pool.put, threading.Event(), threading.Event()
+        handoff, begun, go = made.hold(blocks), threading.Event(), threading.Event()
 
-        def slow(*args: object) -> None:
+        def slow() -> None:
             begun.set()
             go.wait(WAIT_S)
-            put(*args)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(here.pool, "put", slow)
+        meanwhile(monkeypatch, transport, here, slow)
 
         async def cancel() -> None:
             client = KVClient(KEY)
@@ -542,7 +554,6 @@ def test_a_pull_that_is_cancelled_writes_nothing_more(
             await client.close()
 
         asyncio.run(cancel())
-        monkeypatch.setattr(here.pool, "put", put)
         here.pull(handoff, blocks)
         assert here.has(made, blocks, blocks)
 

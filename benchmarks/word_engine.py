@@ -1,0 +1,190 @@
+"""The simulator's word on our own engine: profiled and fitted on this machine, then one prefill and one decode worker serve.
+
+    python -m benchmarks.word_engine [--shares 0.5,0.7,0.85] [--requests 300] [--hidden 768 --layers 14] [--folder DIR]
+
+A seeded Llama in float32, of 100M parameters unless said otherwise. `disaggworker profile` measures it on one thread while another profile does the
+same beside it, for so the two workers will share this machine's memory; what it writes is fitted as `disaggserve fit` does. The
+link is what a bare ZeroMQ socket moves over loopback. Then a load at shares of what the prefill worker can bear is served, and
+the very requests that were sent are simulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import zmq
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.word_paced import SEED, Row, served, verdict
+from disaggserve import catalogue, latency, simulate
+from disaggserve.latency import fitting, measurements
+from disaggserve.workload import Lengths, Workload, read_trace
+from disaggworker.kv.pool import blocks_in_memory
+from e2e import load
+from e2e.dataplane import DataPlane, fork_server
+from e2e.nodes.tiny import make_tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = "llama-100m"
+HEAD_DIM = 64
+GRID = ["--batches", "1,2,4,8,16", "--prompts", "64,128,256,512", "--contexts", "64,256,512", "--repeat", "3"]
+BATCH_TOKENS = 512  # of a worker that is not paced
+CONTEXT = 1024
+# Bounds every measured step from below, and no CPU comes near: a profile is of a model and a GPU of the catalogue.
+GPU = catalogue.gpu("NVIDIA-A100-SXM4-80GB")
+BOUND = 0.05
+
+
+def profiled(weights: Path, csv: Path) -> tuple[measurements.Row, ...]:
+    """Measures twice at once; the rows of one."""
+    command = [
+        sys.executable,
+        "-m",
+        "disaggworker",
+        "profile",
+        "--model",
+        MODEL,
+        "--weights",
+        str(weights),
+        *GRID,
+    ]
+    path = os.pathsep.join(str(ROOT / part) for part in ("operator", "worker_image"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    beside = subprocess.Popen([*command, "-o", os.devnull], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        subprocess.run([*command, "-o", str(csv)], check=True, env=environment, stdout=sys.stderr)
+    finally:
+        beside.terminate()
+        beside.wait()
+    return measurements.read(csv.read_text(), csv.name)
+
+
+def loopback_bytes_s(size: int) -> float:
+    """Bytes a second of so many in one message over loopback, there and a short word back."""
+    with zmq.Context() as context, context.socket(zmq.REQ) as near, context.socket(zmq.REP) as far:
+        near.connect(f"tcp://127.0.0.1:{far.bind_to_random_port('tcp://127.0.0.1')}")
+        taken, message = [], bytes(size)
+        for _ in range(9):
+            begun = time.perf_counter()
+            near.send(message, copy=False)
+            far.recv(copy=False)
+            far.send(b"")
+            near.recv()
+            taken.append(time.perf_counter() - begun)
+    return size / statistics.median(taken)
+
+
+def fitted(folder: Path, weights: Path, model: catalogue.Model) -> latency.StepTimes:
+    """Step times of this engine here, from its own profile; says how far the fit is off."""
+    rows = profiled(weights, folder / "measurements.csv")
+    document = fitting.fit(rows, "fitted to this machine", None, None, "torch")
+    profile = latency.Profile.of(document.model_dump(mode="json", exclude_none=True), MODEL)
+    profile.dump(folder / "profile.json")
+    (fit,) = document.fits
+    for phase, evidence in (("prefill", fit.prefill.evidence), ("decode", fit.decode.evidence)):
+        off = evidence.residuals
+        print(
+            f"{phase}: {evidence.rows} rows, form {evidence.form}, off by {off.median:.1%} (median), "
+            f"{off.p90:.1%} (p90), {off.max:.1%} (most)"
+        )
+    return latency.step_times(model, GPU, 1, 1, profile)
+
+
+async def measure(shares: Sequence[float], count: int, hidden: int, layers: int, folder: Path) -> list[Row]:
+    heads = hidden // HEAD_DIM
+    weights = make_tiny(MODEL, folder / "model", hidden=hidden, layers=layers, heads=heads)
+    model = catalogue.model_from_config(MODEL, json.loads((weights / "config.json").read_text()))
+    times = await asyncio.to_thread(fitted, folder, weights, model)
+    blocks = blocks_in_memory(
+        model.layers, model.kv_heads, model.head_dim, torch.float32, torch.device("cpu")
+    )
+    link = loopback_bytes_s(512 * model.kv_bytes_per_token())
+    pool = simulate.Pool(1, times, blocks, BATCH_TOKENS)
+    deployment = simulate.Deployment((pool,), (pool,), model.kv_bytes_per_token(), link)
+
+    rng = np.random.default_rng(SEED)
+    pair = (rng.integers(least, most, 1000).astype(np.int32) for least, most in ((64, 513), (16, 65)))
+    lengths = Lengths("64 to 512 in, 16 to 64 out", *pair)
+    one_s = float(np.mean([times.prefill_stage_s([int(n)]) for n in lengths.input]))
+    promise = simulate.Promise(4 * one_s, 1.25 * times.decode_stage_s(8, 8 * 320), 0.9)
+    print(
+        f"1 prefill + 1 decode, {lengths.name}: a prompt takes {one_s * 1e3:.0f} ms on average, a decode step of 8 at "
+        f"320 tokens {promise.tpot_s / 1.25 * 1e3:.0f} ms; link {link / 1e9:.2f} GB/s\n"
+        f"promise: TTFT {promise.ttft_s * 1e3:.0f} ms (4 prompts' time), TPOT {promise.tpot_s * 1e3:.0f} ms (1.25 such steps)"
+    )
+    rows = []
+    async with (
+        fork_server(folder) as forks,
+        DataPlane(
+            forks,
+            folder,
+            MODEL,
+            weights,
+            "--dtype",
+            "float32",
+            "--kv-blocks",
+            str(blocks),
+            context_length=CONTEXT,
+        ) as plane,
+    ):
+        await asyncio.gather(plane.worker("prefill"), plane.worker("decode"))
+        router = await plane.router("--max-queued", str(count))
+        await plane.until_sees(router)
+        # Memory for KV is taken as it is first used.
+        warm = [(0.05 * k, 512, 64) for k in range(16)]
+        await served(plane, router.url, warm, SEED, promise.ttft_s, promise.tpot_s)
+        for share in shares:
+            rate = share / one_s
+            drawn = Workload(rate, 1.0, lengths).requests(1.2 * count / rate + 10 * one_s, SEED)
+            requests = [
+                (int(at) / 1e9, int(i), int(o))
+                for at, i, o in zip(drawn.arrival_ns, drawn.input, drawn.output, strict=True)
+            ][:count]
+            results, summary, _ = await served(
+                plane, router.url, requests, SEED, promise.ttft_s, promise.tpot_s
+            )
+            trace = folder / f"sent-{share:g}.csv"
+            load.write_csv(results, trace)
+            sent = read_trace(trace)
+            found = simulate.judge(sent, simulate.run(deployment, sent), promise)
+            said = {
+                "attainment": found.attainment,
+                "ttft": dict(zip(("p50", "p90", "p99"), found.ttft, strict=True)),
+                "tpot": dict(zip(("p50", "p90", "p99"), found.tpot, strict=True)),
+            }
+            rows.append(Row(rate, len(results), summary, said, None))
+            print(f"{share:.0%} of prefill: {rows[-1].difference * 100:+.1f} points", file=sys.stderr)
+    return rows
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description="Served against simulated attainment on our own engine.")
+    p.add_argument("--shares", default="0.5,0.7,0.85", help="of the rate that prefill can bear, with commas")
+    p.add_argument("--requests", type=int, default=300, help="of each rate")
+    p.add_argument("--hidden", type=int, default=768, help="a multiple of 128")
+    p.add_argument("--layers", type=int, default=14)
+    p.add_argument("--folder", type=Path, help="where measurements, profile and logs stay; left out: nowhere")
+    a = p.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (a.folder or Path(scratch)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        shares = [float(share) for share in a.shares.split(",")]
+        rows = asyncio.run(measure(shares, a.requests, a.hidden, a.layers, folder))
+    return verdict(rows, BOUND)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
