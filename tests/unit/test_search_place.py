@@ -231,7 +231,7 @@ def test_one_product_is_used_and_the_other_is_named():
 
 
 def test_a_model_without_a_profile_is_planned_by_roofline():
-    found = search.place(problem(5, "meta-llama/Llama-3.1-8B", where=nodes(gpu=H100)))
+    found = search.place(problem(5, "meta-llama/Llama-3.1-8B", where=nodes(gpu=H200)))
     assert "roofline" in found.latency_source
     assert found.goodput >= 5
 
