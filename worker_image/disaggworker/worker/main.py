@@ -30,7 +30,7 @@ from disaggworker.engine.engine import Engine, Event
 from disaggworker.engine.parallel.rank import follow
 from disaggworker.engine.parallel.ranks import Ranks
 from disaggworker.engine.parallel.stage import Lead, lead, pool_of, total_blocks
-from disaggworker.engine.runner import Runner
+from disaggworker.engine.runner import Runner, runner_for
 from disaggworker.engine.scheduler import Scheduler
 from disaggworker.errors import RequestError, StartError, TransferError, WorkerError
 from disaggworker.kv.blocks import BLOCK_TOKENS, BlockManager
@@ -221,7 +221,7 @@ class Worker:
             torch.set_num_threads(1)
         model, ends = load(self.config.weights, self.config.dtype)
         blocks = total_blocks(self.config, self.pace, model)
-        return Runner(model, pool_of(self.config, model, blocks)), ends
+        return runner_for(model, pool_of(self.config, model, blocks)), ends
 
     def _fail(self, fault: WorkerError) -> None:
         """End the worker, from any thread. Of several faults the first is told."""
