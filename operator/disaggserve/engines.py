@@ -165,17 +165,11 @@ def refuse_chunk(engine: Engine, chunk: int | None) -> str | None:
     return None
 
 
-def computes(engine: Engine, tp: int, pp: int) -> bool:
-    """Whether this release can have the engine really compute the shape (torch: one GPU)."""
-    return engine is TORCH and tp == 1 and pp == 1
-
-
-def refuse_start(engine: Engine, tp: int, pp: int, paired: bool, simulated: bool) -> str | None:
+def refuse_start(engine: Engine, paired: bool) -> str | None:
     """Why this release does not start such an instance, in one sentence, or None.
 
-    `paired`: prefill and decode in one container (a low-affinity plan). `simulated`: it stands on simulated
-    nodes (hardware.Node.simulated), whose paced workers take every shape of one pod. Plans are made and
-    explained all the same; the operator says this in a condition before any pod exists.
+    `paired`: prefill and decode in one container (a low-affinity plan). Plans are made and explained all the
+    same; the operator says this in a condition before any pod exists.
     """
     if engine not in (TORCH, VLLM):
         return (
@@ -186,11 +180,6 @@ def refuse_start(engine: Engine, tp: int, pp: int, paired: bool, simulated: bool
         return (
             "This release plans low-affinity pairs (prefill and decode in one container) but does not start "
             "them; choose planner.algorithm HighAffinity."
-        )
-    if engine is TORCH and not simulated and not computes(engine, tp, pp):
-        return (
-            f"This release's torch worker computes on one GPU (tp 1, pp 1), not tp {tp}, pp {pp}; "
-            "larger shapes run on simulated nodes only."
         )
     return None
 

@@ -790,20 +790,18 @@ def _refusal(spec: Spec, plan: Plan, nodes: hardware.Inventory) -> str | None:
     """Why this release would not start the plan, before any pod exists."""
     assert plan.setting is not None
     engine = engines.engine(plan.setting.engine)
-    simulated = {n.name: n.simulated for n in nodes.nodes}
     reason = engines.refuse_args(engine, spec.engine.args)
     known = model(spec)
     reason = reason or engines.refuse_architecture(engine, known.architecture, known.quantised)
     for role in plan.roles:
         if not role.nodes:
             return f"no node holds {role.role} {role.words()} as the plan means it"
-        there = all(simulated.get(n.name, False) for n in role.nodes)
         if role.role == "mixed":
             apart = "; choose planner.algorithm HighAffinity, or pin roles in spec.plan"
             kinds = len({r.chunk for r in plan.roles if r.role == "mixed"})
             wrong = engines.refuse_mixed(engine, kinds) or engines.refuse_chunk(engine, role.chunk)
             reason = reason or (wrong and wrong[0].upper() + wrong[1:] + apart + ".")
-        reason = reason or engines.refuse_start(engine, role.tp, role.pp, plan.paired, there)
+        reason = reason or engines.refuse_start(engine, plan.paired)
     return reason
 
 

@@ -104,13 +104,38 @@ def test_logits_of_every_shape_are_those_of_transformers(server: Server, name: s
     assert len(seen) > len(LENGTHS)
 
 
-class Worker:
-    """A prefill worker of several ranks, forked like a container on the local control plane."""
+def test_half_precision_is_as_near_as_transformers_own(server: Server) -> None:
+    from safetensors.torch import load_file
 
-    def __init__(self, server: Server, folder: Path, tp: int, pp: int, host: str) -> None:
+    from tests.integration.rank_case import steps, texts
+
+    folder = make_tiny(MODELS["llama"], server.folder / "llama", layers=2, heads=4, hidden=64)
+    exact, half = transformers_model(folder), transformers_model(folder).to(torch.bfloat16)
+    out = server.folder / "half"
+    code, said = server.call("tests.integration.rank_case:main", str(folder), "2", "2", "bfloat16", str(out))
+    assert code == 0, said
+    given = load_file(out)
+    with torch.inference_mode():
+        right = [exact(torch.tensor([text])).logits[0] for text in texts()]
+        near = [half(torch.tensor([text])).logits[0].float() for text in texts()]
+    ours, theirs = [], []
+    for number, (rows, ends, _) in enumerate(steps(2)):
+        for i, (row, end) in enumerate(zip(rows, ends, strict=True)):
+            assert given[str(number)].dtype == torch.bfloat16
+            ours.append((given[str(number)][i].float() - right[row][end - 1]).abs().mean())
+            theirs.append((near[row][end - 1] - right[row][end - 1]).abs().mean())
+    assert sum(ours) < 1.3 * sum(theirs)
+
+
+class Worker:
+    """A worker of several ranks, forked like a container on the local control plane."""
+
+    def __init__(
+        self, server: Server, folder: Path, tp: int, pp: int, host: str, role: str = "prefill"
+    ) -> None:
         self.server, self.host = server, host
         self.log = server.folder / f"worker-{host}.log"
-        argv = ["disaggworker", "prefill", "--model", "tiny", "--weights", str(folder), "--pairing-key", "k"]
+        argv = ["disaggworker", role, "--model", "tiny", "--weights", str(folder), "--pairing-key", "k"]
         argv += [
             "--port",
             str(PORT),
@@ -163,11 +188,23 @@ class Worker:
 
         self.until(ready)
 
+    def first(self, prompt: list[int], max_tokens: int = 1) -> dict[str, Any]:
+        """The answer of a prefill worker."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "return_token_ids": True}
+        return self.ask(
+            "/v1/completions", body | {"ignore_eos": True, "kv_transfer_params": {"do_remote_decode": True}}
+        )
+
     def first_token(self, prompt: list[int]) -> int:
-        body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "return_token_ids": True}
-        answer = self.ask("/v1/completions", body | {"kv_transfer_params": {"do_remote_decode": True}})
-        [token] = answer["choices"][0]["token_ids"]
+        [token] = self.first(prompt)["choices"][0]["token_ids"]
         return int(token)
+
+    def rest(self, prompt: list[int], first: dict[str, Any], max_tokens: int) -> list[int]:
+        """All tokens of the answer that a decode worker gives to what a prefill worker gave."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "return_token_ids": True}
+        params = {"ignore_eos": True, "kv_transfer_params": first["kv_transfer_params"]}
+        tokens: list[int] = self.ask("/v1/completions", body | params)["choices"][0]["token_ids"]
+        return tokens
 
     def end(self, wanted: int) -> str:
         """Its exit code is this one, and it leaves no rank; what it said."""
@@ -214,6 +251,40 @@ def test_a_worker_of_four_ranks_answers_and_drains(server: Server, tiny: Path) -
     worker.process.signal(signal.SIGTERM)
     assert worker.end(0) == ""
     gone(ranks)
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [((2, 1), (1, 2)), ((1, 2), (2, 2))])
+def test_kv_goes_from_any_shape_to_any_other(
+    server: Server, tiny: Path, prefill: tuple[int, int], decode: tuple[int, int]
+) -> None:
+    tokens = 10
+    prompts = [[5 + (i * 7919 + n) % 500 for i in range(n)] for n in (1, 16, 33, 120, 700, 17)]
+    oracle = transformers_model(tiny)
+    expected = [
+        oracle.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    first = Worker(server, tiny, *prefill, HOSTS[0])
+    second = Worker(server, tiny, *decode, HOSTS[1], "decode")
+    first.wait_ready()
+    second.wait_ready()
+
+    def answer(prompt: list[int]) -> list[int]:
+        return second.rest(prompt, first.first(prompt, tokens), tokens)
+
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        assert list(threads.map(answer, prompts)) == expected
+    for worker in (first, second):
+        worker.until(lambda state=worker: state.ask("/state")["leased_blocks"] == 0)
+        assert worker.ask("/state")["intact"] is True
+        worker.process.signal(signal.SIGTERM)
+        assert worker.end(0) == ""
 
 
 def test_a_rank_that_is_killed_ends_the_worker_with_a_sentence(server: Server, tiny: Path) -> None:

@@ -31,21 +31,17 @@ def test_shapes(engine, role, shape, other, refused):
 
 
 @pytest.mark.parametrize(
-    ("engine", "tp", "pp", "paired", "simulated", "words"),
+    ("engine", "paired", "words"),
     [
-        (TORCH, 1, 1, False, False, None),
-        (TORCH, 2, 1, False, False, "not tp 2, pp 1"),
-        (TORCH, 1, 2, False, False, "not tp 1, pp 2"),
-        (TORCH, 8, 2, False, True, None),
-        (TORCH, 1, 1, True, False, "low-affinity pairs"),
-        (TORCH, 1, 1, True, True, "low-affinity pairs"),
-        (VLLM, 8, 1, False, False, None),
-        (VLLM, 1, 1, True, False, "low-affinity pairs"),
-        (SGLANG, 1, 1, False, True, "starts only torch and vllm"),
+        (TORCH, False, None),
+        (TORCH, True, "low-affinity pairs"),
+        (VLLM, False, None),
+        (VLLM, True, "low-affinity pairs"),
+        (SGLANG, False, "starts only torch and vllm"),
     ],
 )
-def test_what_this_release_starts(engine, tp, pp, paired, simulated, words):
-    reason = engines.refuse_start(engine, tp, pp, paired, simulated)
+def test_what_this_release_starts(engine, paired, words):
+    reason = engines.refuse_start(engine, paired)
     assert reason is None if words is None else words in (reason or "")
 
 
@@ -57,8 +53,6 @@ def test_habits():
         ("pull", "decode", 8192, 16),
         ("push", "decode", 8192, 16),
     ]
-    assert [engines.computes(TORCH, *s) for s in ((1, 1), (2, 1), (1, 2))] == [True, False, False]
-    assert not engines.computes(VLLM, 1, 1)
 
 
 def test_engines_by_name():

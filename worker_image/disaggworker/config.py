@@ -53,6 +53,11 @@ class Config:
     pod_name: str
     node_name: str
 
+    @property
+    def ranks(self) -> int:
+        """Processes that compute together. A paced worker keeps the time of many GPUs with one tiny model, in one."""
+        return 1 if self.pace else self.tp * self.pp
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]

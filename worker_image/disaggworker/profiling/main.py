@@ -104,5 +104,7 @@ def _flags(argv: Sequence[str]) -> argparse.Namespace:
     add("-o", "--output", default="-", help="CSV to write; default: standard output")
     flags = parser.parse_args(argv)
     if flags.weights and (flags.tp, flags.pp) != (1, 1):
-        parser.error("--tp and --pp are for --url: this engine computes on one GPU only")
+        parser.error(
+            "--tp and --pp are for --url; --weights is profiled on one GPU, and a server of any shape by --url"
+        )
     return flags

@@ -34,8 +34,6 @@ class Decode:
         """Raises `RequestError`, `TransferError`."""
         instance = self._instance
         engine, text = instance.engine, instance.text
-        if instance.config.pace is None and instance.config.tp * instance.config.pp > 1:
-            raise TransferError("KV is not handed over to an instance of several ranks yet.")
         try:
             handoff = msgspec.convert(ask.params, Handoff)
         except msgspec.ValidationError as e:

@@ -29,7 +29,7 @@ from disaggworker.config import Config
 from disaggworker.engine.engine import Engine, Event
 from disaggworker.engine.parallel.rank import follow
 from disaggworker.engine.parallel.ranks import Ranks
-from disaggworker.engine.parallel.stage import lead, pool_of, total_blocks
+from disaggworker.engine.parallel.stage import Lead, lead, pool_of, total_blocks
 from disaggworker.engine.runner import Runner
 from disaggworker.engine.scheduler import Scheduler
 from disaggworker.errors import RequestError, StartError, TransferError, WorkerError
@@ -44,6 +44,7 @@ from disaggworker.pace import Pace
 from disaggworker.worker.decode import Decode
 from disaggworker.worker.instance import Instance
 from disaggworker.worker.prefill import Prefill
+from disaggworker.worker.ranks import Attendant, Others, place_of
 from disaggworker.worker.role import Duty, Kind, NotIdle, Turn
 from disaggworker.worker.text import Text
 from disaggworker.worker.whole import Whole
@@ -62,10 +63,9 @@ Serve = Callable[[web.Request, openai.Ask], Awaitable[web.StreamResponse]]
 def run(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises `StartError`."""
     config = configuration.read(argv)
-    # A paced worker keeps the time of many GPUs with one tiny model, computed here.
-    size = 1 if config.pace else config.tp * config.pp
     # They are forked: this process has one thread so far, and no GPU.
-    ranks = Ranks(size - 1, functools.partial(follow, config)) if size > 1 else None
+    body = functools.partial(follow, config, attend=functools.partial(Attendant, config))
+    ranks = Ranks(config.ranks - 1, body) if config.ranks > 1 else None
     try:
         code: int = uvloop.run(Worker(config, ranks).main())
         if ranks and ranks.ended.is_set():
@@ -200,12 +200,14 @@ class Worker:
         with torch.inference_mode():
             engine.warm_up()
         instance = Instance(config, pace, engine, text, self.metrics, self.book, self._loop)
-        self._kv_server.serve(runner.pool)
+        place = place_of(runner.part) if isinstance(runner, Lead) else None
+        self._kv_server.serve(runner.pool, place)
         self._kv_client.puller = Puller(
-            config.pairing_key, runner.pool, ways=[Shm()], checksum=config.kv_checksum
+            config.pairing_key, runner.pool, place, ways=[Shm()], checksum=config.kv_checksum
         )
+        others = self._kv_client.others = Others(self._ranks, self._loop) if self._ranks else None
         self._serve = {
-            "prefill": Prefill(instance, self._kv_server).serve,
+            "prefill": Prefill(instance, self._kv_server, others).serve,
             "decode": Decode(instance, self._kv_client).serve,
             "whole": Whole(instance).serve,
         }

@@ -10,15 +10,16 @@ A step goes down the pipes as the plain numbers it is (`Step`); every rank compu
              └ two all-reduces a layer among its tp ranks
 
 With one stage a step is over when `begin` returns. With more it is on its way: rank 0 begins the next one, and is told by
-`Lead.on_ready` when logits have come (`Lead`).
+`Runner.on_ready` when logits have come (`Lead`).
 
 **The seam for KV.** Each rank holds the keys and values of its layers and its KV heads, a `Part`: its place in the instance,
-the range of layers, the range of KV heads, and the `Pool` that has them. What an `Attendant` does with it is not known here:
+the range of layers, the range of KV heads, and the `Pool` that has them. What an `Attendant` does with it is not known here;
+kv/ranks.py has the one that serves and pulls it.
 
 * `follow(…, attend)` calls `attend(part, say)` on every rank but 0 once it can compute. On rank 0 the part is `Lead.part`.
 * `Ranks.tell(note)` on rank 0 sends bytes to every other rank's `Attendant.hear`, in the rank's one thread, in order with
   the steps before and after: what was told before a step has been heard when the step begins, and the step told before is
-  over when a note is heard. So "write these blocks, then compute on them" and "compute, then hold these blocks" are safe.
+  over (on a GPU: queued) when a note is heard. So "compute, then hold these blocks" and "drop them, then write" are safe.
 * `say(note)` on a rank, from any thread, reaches `Ranks.on_note(rank, note)` on rank 0, in the thread that listens.
 * The thread of a server of its own (one KV endpoint per rank, at kv_port + rank) may read blocks that are held.
 

@@ -97,7 +97,10 @@ class Ranks:
     """Ranks 1 … `count` of this instance. `listen` once there may be threads; `close` at the end."""
 
     def __init__(self, count: int, body: Body) -> None:
-        """Fork them; `body(rank, link)` is what each does. Call it in the main thread, and before there is another."""
+        """Fork them; `body(rank, link)` is what each does. Call it in the main thread, and before there is another.
+
+        (OpenBLAS, numpy's, may have made some at its import; it ends them before a fork by itself.)
+        """
         fork = multiprocessing.get_context("fork")
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
