@@ -146,7 +146,7 @@ async def measure(shares: Sequence[float], count: int, hidden: int, layers: int,
         # Memory for KV is taken as it is first used.
         warm = [(0.05 * k, 512, 64) for k in range(16)]
         await served(plane, router.url, warm, SEED, promise.ttft_s, promise.tpot_s)
-        for share in shares:
+        for number, share in enumerate(shares, 1):
             rate = share / one_s
             drawn = Workload(rate, 1.0, lengths).requests(1.2 * count / rate + 10 * one_s, SEED)
             requests = [
@@ -154,7 +154,7 @@ async def measure(shares: Sequence[float], count: int, hidden: int, layers: int,
                 for at, i, o in zip(drawn.arrival_ns, drawn.input, drawn.output, strict=True)
             ][:count]
             results, summary, _ = await served(
-                plane, router.url, requests, SEED, promise.ttft_s, promise.tpot_s
+                plane, router.url, requests, SEED + number, promise.ttft_s, promise.tpot_s
             )
             trace = folder / f"sent-{share:g}.csv"
             load.write_csv(results, trace)

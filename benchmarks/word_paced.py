@@ -94,7 +94,10 @@ def verdict(rows: Sequence[Row], bound: float) -> int:
 async def served(
     plane: DataPlane, url: str, requests: Sequence[load.Wanted], seed: int, ttft_s: float, tpot_s: float
 ) -> tuple[list[load.Result], dict[str, Any], float]:
-    """One load, to its end: results, their summary, and the share of late steps. Raises AssertionError where one failed."""
+    """One load, to its end: results, their summary, and the share of late steps. Raises AssertionError where one failed.
+
+    `seed`: of the prompts; those of an earlier load would be found in the prefix cache.
+    """
     before = await steps(plane)
     results = await load.run_load(url, plane.model, requests, vocab=VOCAB, seed=seed)
     after = await steps(plane)
@@ -136,13 +139,13 @@ async def measure(rates: Sequence[float], count: int, folder: Path) -> list[Row]
         )
         router = await plane.router("--max-queued", str(count))
         await plane.until_sees(router)
-        for rate in rates:
+        for number, rate in enumerate(rates, 1):
             drawn = Workload(rate, 1.0, lengths).requests(1.2 * count / rate + 10, SEED)
             requests = [
                 (int(at) / 1e9, int(i), int(o))
                 for at, i, o in zip(drawn.arrival_ns, drawn.input, drawn.output, strict=True)
             ][:count]
-            results, summary, late = await served(plane, router.url, requests, SEED, TTFT_S, TPOT_S)
+            results, summary, late = await served(plane, router.url, requests, SEED + number, TTFT_S, TPOT_S)
             trace = folder / f"sent-{rate:g}.csv"
             load.write_csv(results, trace)
             rows.append(Row(rate, len(results), summary, await asyncio.to_thread(simulated, trace), late))

@@ -146,6 +146,8 @@ class Member:
     argv: tuple[str, ...]
     ready: bool = False
     terminating: bool = False
+    draining: bool = False
+    epoch: int = 0
 
     @property
     def url(self) -> str:
@@ -241,6 +243,7 @@ class DataPlane:
         if member.role == "router":
             await until(lambda: self._answers(member, "/health"), f"{member.name} listens")
         else:
+            member.role, member.epoch = member.argv[0], 0  # it has forgotten that it was turned
             self.show(member, ready=False)
             await self.ready(member)
 
@@ -280,6 +283,8 @@ class DataPlane:
                 "disaggserve.dev/pairing-key": "key",
             },
         }
+        if worker.draining:
+            metadata["labels"]["disaggserve.dev/drain"] = "true"
         if worker.terminating:
             metadata["deletionTimestamp"] = "2026-01-01T00:00:00Z"
         status = {
@@ -310,6 +315,25 @@ class DataPlane:
         self.forget(member)
         return code
 
+    async def turn(self, worker: Member, role: Role) -> None:
+        """As the operator changes a role: no new requests, until nothing is held there; the worker's word; the label."""
+        worker.draining = True
+        self.tell(worker)
+        worker.epoch += 1
+        order = {"role": role, "epoch": worker.epoch}
+
+        async def turned() -> bool | str:
+            for router in self.alive("router"):
+                said = (await self.json(router, "/drain"))["instances"].get(worker.name)
+                if said is None or said["admitting"] or said["in_flight"] or said["leased"]:
+                    return f"{router.name} says {said}"
+            async with self.session.post(worker.url + "/role", json=order) as answer:
+                return answer.status == 200 or await answer.text()
+
+        await until(turned, f"{worker.name} is {role}")
+        worker.role, worker.draining = role, False
+        self.tell(worker)
+
     def forget(self, member: Member) -> None:
         """The pod is gone from the API server."""
         self.pods.remove(member.name)
@@ -319,7 +343,11 @@ class DataPlane:
         return [
             m
             for m in self.members
-            if m.role == role and m.alive and not m.terminating and (m.ready or role == "router")
+            if m.role == role
+            and m.alive
+            and not m.terminating
+            and not m.draining
+            and (m.ready or role == "router")
         ]
 
     # ---- what they say

@@ -63,6 +63,7 @@ class ControlPlane:
         self._ports: Ports | None = None
         self._lock: int | None = None
         self._running: dict[str, Supervised] = {}
+        self._commands: dict[str, tuple[Path, Sequence[str]]] = {}
 
     @property
     def server(self) -> str:
@@ -126,6 +127,19 @@ class ControlPlane:
             returncode = process.poll()
             if returncode is not None:
                 raise ComponentDied(name, returncode, self.logs / f"{name}.log")
+
+    def take_down(self, component: str) -> None:
+        """SIGKILL to a component (`kube-apiserver`), as when its machine fails. `bring_up` starts it again."""
+        process = self._running.pop(component)
+        process.kill()
+        process.wait()
+        process.close()
+
+    def bring_up(self, component: str) -> None:
+        """Start what `take_down` ended; the API server answers on return. Raises as `start` does."""
+        self._run(component, *self._commands[component])
+        answers = self._api_client()
+        self._wait(lambda: answers("/readyz"), "the API server is ready")
 
     def kubectl(self, *args: str, input: str | None = None) -> str:
         """What kubectl printed, as administrator; raises ``CommandFailed`` with what it complained."""
@@ -198,6 +212,7 @@ class ControlPlane:
 
     def _run(self, name: str, binary: Path, arguments: Sequence[str]) -> None:
         environment = {"PATH": os.defpath, "HOME": self.env["HOME"], "TMPDIR": self.env["TMPDIR"]}
+        self._commands[name] = binary, arguments
         self._running[name] = supervised_popen(
             self.binaries,
             [binary, *arguments],

@@ -210,6 +210,7 @@ class _Served:
     env: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)  # by the name of the variable that gives each
     drain: tuple[str, ...] = ()  # before SIGTERM; ends when nothing is in flight
+    unready_after: int = 2  # looks, 2 s apart
 
 
 def _torch(spec: Spec, slot: Slot, context_length: int) -> _Served:
@@ -319,7 +320,7 @@ def worker_pod(
             startup_period_s,
             max(1, int(seconds(spec.rollout.ready_timeout) // startup_period_s)),
         ),
-        "readinessProbe": _probe(served.ready, 2, 2),
+        "readinessProbe": _probe(served.ready, 2, served.unready_after),
         "livenessProbe": _probe("/health", 10, 6),
         "terminationMessagePolicy": "FallbackToLogsOnError",  # why it ended, in its own last words, for the condition
         "volumeMounts": [

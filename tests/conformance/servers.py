@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -58,10 +59,12 @@ class Server:
             argv = [sys.executable, "-m", "disaggworker", "--speak", "vllm", *argv, "--kv-blocks", "256"]
             env["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("operator", "worker_image"))
         with log.open("ab") as out:
-            self.process = subprocess.Popen(argv, env=env, stdout=out, stderr=out)
+            self.process = subprocess.Popen(argv, env=env, stdout=out, stderr=out, start_new_session=True)
 
     def kill(self) -> None:
-        self.process.kill()
+        """With all its processes: a real one's engine is another."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def alive(self) -> bool:

@@ -1,4 +1,4 @@
-"""Pods killed and deleted at random under streams of which some leave at random: every request ends once, with the right tokens.
+"""Pods killed, deleted and turned to the other role at random under streams of which some leave at random: every request ends once, with the right tokens.
 
 Paced workers, so that streams last long enough to be hit; few KV blocks, so that they are preempted, too.
 """
@@ -33,8 +33,12 @@ class Chaos:
         self.plane, self.rng = plane, random.Random(seed)
         self.done: list[str] = []
         self.codes: list[int] = []
-        # An action joins here when it exists: a role change, once workers can.
-        self.actions: list[Callable[[Member], Awaitable[None]]] = [self.replace, self.restart, self.delete]
+        self.actions: list[Callable[[Member], Awaitable[None]]] = [
+            self.replace,
+            self.restart,
+            self.delete,
+            self.turn,
+        ]
 
     async def strike(self) -> None:
         """SIGKILL to a decode in the middle of its streams."""
@@ -77,6 +81,12 @@ class Chaos:
         await self._another(worker)
         self.codes.append(await self.plane.terminate(worker))
 
+    async def turn(self, worker: Member) -> None:
+        """Prefill becomes decode, or decode prefill; another pod takes its old place."""
+        role = worker.role
+        await self.plane.turn(worker, "decode" if role == "prefill" else "prefill")
+        await self.plane.worker("prefill" if role == "prefill" else "decode")
+
     async def _another(self, worker: Member) -> None:
         await self.plane.worker("prefill" if worker.role == "prefill" else "decode")
 
@@ -99,6 +109,7 @@ async def weather(
         chaos = Chaos(plane, seed)
         running = asyncio.create_task(storm.run(asks))
         await chaos.strike()
+        await chaos.turn(plane.alive("prefill")[0])
         while not running.done():
             await chaos.act()
             await asyncio.wait((running,), timeout=chaos.rng.uniform(0.05, 0.3))

@@ -544,6 +544,49 @@ def test_an_answer_whose_last_token_is_there_lacks_nothing() -> None:
     run(test())
 
 
+def test_an_answer_goes_on_with_the_same_weights_or_not_at_all() -> None:
+    async def test() -> None:
+        p, dying, last = Fake("prefill", "p0", "a"), Fake("decode", "d0", "a"), Fake("decode", "d1", "a")
+        others = Fake("prefill", "p9", "b"), Fake("decode", "d9", "b")
+        dying.dies = "mid"
+        config = replace(CONFIG, queue_timeout_s=0.2)
+        async with bench(p, dying, last, *others, config=config) as b:
+            b.show(replace(last.seen, draining=True))  # it still takes what its prefill was given
+            async with b.post(stream=True) as answer:
+                assert b'"error"' not in (await answer.read())
+            assert len(last.bodies) == 1
+            b.show(replace(last.seen, ready=False))
+            await until(lambda: b.router.fleet.decode("a", b.router.proxy.clock()), "d0 is tried again")
+            async with b.post(stream=True) as answer:
+                frames = [json.loads(f[6:]) for f in (await answer.read()).split(b"\n\n")[:-2]]
+            assert [f["choices"][0]["text"] for f in frames[:-1]] == [letter(0), letter(1)]
+            assert "of the pairing key" in frames[-1]["error"]["message"]
+            assert not any(o.bodies for o in others)
+            await b.idle()
+
+    run(test())
+
+
+def test_an_answer_of_a_pair_does_not_begin_again_at_a_mixed_instance() -> None:
+    async def test() -> None:
+        p, dying, mixed = Fake("prefill", "p"), Fake("decode", "d"), Fake("mixed", "m")
+        dying.dies = "mid"
+        async with bench(p, dying, mixed, config=replace(CONFIG, queue_timeout_s=0.2)) as b:
+            b.show(replace(mixed.seen, ready=False))
+            dying.gate.clear()
+            asked = asyncio.create_task(b.post(stream=True).__aenter__())
+            await until(lambda: dying.bodies, "decode has the request")
+            b.show(*(replace(f.seen, ready=False) for f in (p, dying)))  # only the mixed one is left
+            dying.gate.set()
+            frames = [json.loads(f[6:]) for f in (await (await asked).read()).split(b"\n\n")[:-2]]
+            assert [f["choices"][0]["text"] for f in frames[:-1]] == [letter(0), letter(1)]
+            assert "of the pairing key" in frames[-1]["error"]["message"]
+            assert not mixed.bodies
+            await b.idle()
+
+    run(test())
+
+
 @pytest.mark.parametrize("how", ["before", "mid"])
 def test_an_answer_that_cannot_go_on_ends_honestly(how: str) -> None:
     async def test() -> None:
@@ -726,7 +769,7 @@ def test_a_slow_client_holds_its_instance_back() -> None:
             while not (piece := await reader.read(2**20)).endswith(b"0\r\n\r\n"):
                 got += len(piece)
             writer.close()
-            assert got > 40 * 2**20
+            assert got + len(piece) > 40 * 2**20
             await b.idle()
             assert await b.outcomes() == {"ok true": 1}
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from e2e.dataplane import DataPlane
+import aiohttp
+import pytest
+
+from e2e.controlplane.errors import CommandFailed
+from e2e.controlplane.polling import wait_until
+from e2e.dataplane import DataPlane, until
 from e2e.nodes.processes import ForkServerClient
+from e2e.stack import Stack, condition, ready
 from e2e.storm import Storm, draw
 from tests.integration.served import MODEL, Background
 from tests.integration.test_chaos import LEASE_S, PACE
@@ -63,3 +72,84 @@ async def _load(forks: ForkServerClient, weights: Path, folder: Path) -> None:
         assert {(end.outcome, end.router) for end in not_answered} <= {("lost", killed.url)}
         assert {end.router for end in ends} == {killed.url, rolled.url, endpoints[0].url}
         await plane.quiet()
+
+
+# ------------------------------------------------------------------------------------------- on a real control plane
+
+LONG_OUTAGE_S = 60.0
+RESOURCE: dict[str, Any] = {
+    "apiVersion": "disaggserve.dev/v1alpha1",
+    "kind": "DisaggServe",
+    "metadata": {"name": "chat"},
+    "spec": {
+        "model": {"id": MODEL},
+        "slo": {"ttft": "250ms", "tpot": "100ms"},
+        "workload": {"rate": 3, "lengths": {"preset": "sharegpt", "inputScale": 0.2}},
+        "hardware": {"maxGPUs": 8},
+        "engine": {"type": "torch"},
+        "replan": {"mode": "Off"},
+        "router": {"replicas": 3},
+        "plan": {"roles": [{"role": role, "tp": 1, "pp": 1, "count": 2} for role in ("prefill", "decode")]},
+    },
+}
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+def test_three_routers_of_an_installation(tmp_path: Path) -> None:
+    with Stack(tmp_path / "stack") as stack:
+        stack.apply(RESOURCE)
+        stack.wait("chat", "chat to be ready", ready, timeout_s=120)
+        wait_until(lambda: len(routers(stack)) == 3, "three routers", timeout_s=60)
+        asyncio.run(_installation(stack))
+
+
+def routers(stack: Stack) -> dict[str, str]:
+    """Names and URLs of the routers that a Service would be balanced over."""
+    return {
+        pod["metadata"]["name"]: f"http://{pod['status']['podIP']}:8000"
+        for pod in stack.pods("chat", "router")
+        if condition(pod, "Ready") == "True" and "deletionTimestamp" not in pod["metadata"]
+    }
+
+
+async def _installation(stack: Stack) -> None:
+    endpoints = routers(stack)
+
+    async def follow() -> None:
+        """As kube-proxy does: what was known last stays while the API server is away."""
+        nonlocal endpoints
+        while True:
+            with contextlib.suppress(CommandFailed):
+                endpoints = await asyncio.to_thread(routers, stack)
+            await asyncio.sleep(0.2)
+
+    async def three_again(without: str) -> None:
+        await until(lambda: len(endpoints) == 3 and without not in endpoints.values(), "three routers again")
+
+    asks = draw(4, 300, LONG_OUTAGE_S + 40, prompt=(8, 120), tokens=(1, 40), leave=0)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        storm = Storm(session, MODEL, lambda: list(endpoints.values()))
+        asks = await storm.learn(asks)
+        following = asyncio.create_task(follow())
+        running = asyncio.create_task(storm.run(asks))
+        try:
+            (killed, killed_url), (rolled, rolled_url), _ = endpoints.items()
+            await asyncio.sleep(3)
+            await asyncio.to_thread(stack.nodes.crash, killed)
+            await asyncio.sleep(3)
+            await asyncio.to_thread(stack.plane.kubectl, "delete", "pod", rolled, "--wait=false")
+            await three_again(without=rolled_url)
+            await asyncio.to_thread(stack.plane.take_down, "kube-apiserver")
+            await asyncio.sleep(LONG_OUTAGE_S)
+            await asyncio.to_thread(stack.plane.bring_up, "kube-apiserver")
+            assert not running.done()
+            ends = await running
+        finally:
+            following.cancel()
+            running.cancel()
+        print(Counter(end.outcome for end in ends))
+        assert [wrong for end in ends if (wrong := storm.wrong(end))] == []
+        not_answered = [end for end in ends if end.outcome != "ok"]
+        assert {(end.outcome, end.router) for end in not_answered} <= {("lost", killed_url)}, not_answered
+    await asyncio.to_thread(stack.wait, "chat", "chat to be ready again", ready, timeout_s=120)

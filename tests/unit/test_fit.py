@@ -14,7 +14,7 @@ from disaggserve.cli.app import app
 from disaggserve.latency import BadMeasurements, BadProfile, FasterThanPhysics, Profile, fitting, measurements
 
 A100 = catalogue.gpu("NVIDIA-A100-SXM4-80GB")
-H100 = catalogue.gpu("NVIDIA-H100-80GB-HBM3")
+H100, L40S = catalogue.gpu("NVIDIA-H100-80GB-HBM3"), catalogue.gpu("NVIDIA-L40S")
 OPT13 = catalogue.model("facebook/opt-13b")
 LLAMA8 = catalogue.model("meta-llama/Llama-3.1-8B")
 HEADER = "phase,batch,tokens,context_tokens,tp,pp,seconds"
@@ -123,7 +123,7 @@ def test_provenance_residuals_and_range_are_in_the_profile():
         "roofline",
         "roofline × p fit (distserve)'s ratio at tp 2, A100-80G",
     )
-    assert latency.step_times(OPT13, H100, 1, 1, profile).provenance.source == "roofline"
+    assert latency.step_times(OPT13, L40S, 1, 1, profile).provenance.source == "roofline"
 
 
 def test_batched_prefills_are_taken_as_equally_long_and_say_so():
@@ -372,9 +372,11 @@ def run(*arguments):
 def test_the_command_writes_a_profile_that_loads_and_dumps_to_the_same_bytes(tmp_path):
     source, first, second = (tmp_path / n for n in ("m.csv", "one.json", "two.json"))
     source.write_text(table(tps=(1, 2)))
-    done = run(source, "-o", first, "--model", OPT13.id, "--gpu", "A100-80G", "--engine", "torch")
+    known = ("--model", OPT13.id, "--gpu", "A100-80G", "--engine", "torch", "--note", "one quiet machine")
+    done = run(source, "-o", first, *known)
     assert done.exit_code == 0, done.output
     assert "median" in done.output
+    assert json.loads(first.read_text())["provenance"].startswith("one quiet machine; fitted to m.csv")
     profile = Profile.load(first)
     assert (profile.engine, profile.source, profile.shapes(OPT13)) == ("torch", "fitted", (1, 2))
     profile.dump(second)

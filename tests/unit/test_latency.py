@@ -1,6 +1,7 @@
 """Step times: the published form to the digit, the roofline's sanity, and physics."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,7 +10,17 @@ import pytest
 
 from disaggserve import catalogue, latency
 from disaggserve.catalogue import BadShape
-from disaggserve.latency import BadProfile, FasterThanPhysics, Profile, physics, roofline, sources, step_times
+from disaggserve.latency import (
+    BadProfile,
+    FasterThanPhysics,
+    Profile,
+    fitting,
+    measurements,
+    physics,
+    roofline,
+    sources,
+    step_times,
+)
 
 A100 = catalogue.gpu("NVIDIA-A100-SXM4-80GB")
 H100 = catalogue.gpu("NVIDIA-H100-80GB-HBM3")
@@ -19,6 +30,7 @@ LLAMA8, LLAMA70 = (
     catalogue.model("meta-llama/Meta-Llama-3-8B"),
     catalogue.model("meta-llama/Meta-Llama-3-70B"),
 )
+ROOT = Path(__file__).resolve().parents[2]
 PROFILES = Path(catalogue.__file__).parent / "data" / "profiles"
 SHIPPED = PROFILES / "profiler-a100-80g.distserve.json"
 COEFFICIENTS = json.loads(SHIPPED.read_text())
@@ -71,7 +83,7 @@ def test_shapes_and_provenance():
     roof = step_times(LLAMA8, L40S, 1, 1).provenance
     assert (roof.source, roof.borrowed, roof.measured) == ("roofline", True, False)
     assert roof.describe() == "roofline with A100 efficiency curves, borrowed for L40S"
-    assert step_times(OPT13, H100, 1, 1).provenance.describe() == "roofline with H100 efficiency curves"
+    assert step_times(OPT66, H100, 2, 1).provenance.describe() == "roofline with H100 efficiency curves"
 
 
 def test_step_times_of_another_engine_than_the_one_planned_for_say_so() -> None:
@@ -88,7 +100,7 @@ def test_step_times_of_another_engine_than_the_one_planned_for_say_so() -> None:
         assert said(engine) == "DistServe's engine"
     assert (said("torch", vllm), said("distserve", vllm)) == ("vllm", "vllm")
     assert said("torch", tp=8) == "DistServe's engine", "scaled from it"
-    for own in (said("vllm", vllm), said("distserve"), said("vllm", gpu=H100)):
+    for own in (said("vllm", vllm), said("distserve"), said("vllm", gpu=L40S)):
         assert own.startswith(("profiler", "DistServe fit", "roofline")), "its own, or measured on none"
     times = step_times(OPT13, A100, 1, 1, None, "vllm")
     assert times is step_times(OPT13, A100, 1, 1, None, "vllm"), "kept, so that the kernel's tables are"
@@ -253,6 +265,38 @@ def test_every_shipped_profile_keeps_to_physics(name):
     for model_id, tp in profile.fits:
         for pp in (1, 2, 4):
             step_times(catalogue.model(model_id), A100, tp, pp, profile)
+
+
+@pytest.mark.parametrize("model_id", ["meta-llama/Meta-Llama-3-8B", "facebook/opt-13b"])
+def test_what_was_measured_of_our_engine_is_what_ships(model_id: str) -> None:
+    model, name = catalogue.model(model_id), f"h100.torch.{model_id.split('/')[1].lower()}"
+    shipped = Profile.load(PROFILES / f"{name}.json")
+    content = (ROOT / "benchmarks/measurements" / f"{name}.csv").read_text()
+    rows = measurements.read(content, name, model, H100)  # none of them beats the hardware
+    again = fitting.fit(rows, "", model, H100, "torch").model_dump(mode="json", exclude_none=True)
+    said = json.loads(shipped.text)
+    assert hashlib.sha256(content.encode()).hexdigest()[:12] in said["provenance"]
+    assert again | {"provenance": ""} == said | {"provenance": ""}
+    times = step_times(model, H100, 1, 1)
+    assert times.provenance.describe() == "torch fit, H100, tp 1"
+    for row in rows:
+        off = (
+            times.prefill_stage_s([row.tokens // row.batch] * row.batch)
+            if row.phase == "prefill"
+            else times.decode_stage_s(row.batch, row.context_tokens + row.batch)
+        ) / row.seconds - 1
+        assert abs(off) < (0.13 if row.phase == "prefill" else 0.04), row
+
+
+def test_a_shipped_profile_is_of_every_model_of_that_shape() -> None:
+    llama = step_times(catalogue.model("meta-llama/Meta-Llama-3-8B"), H100, 1, 1)
+    for alike in ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"):
+        found = step_times(catalogue.model(alike), H100, 1, 1)
+        assert (found.decode_base_ns == llama.decode_base_ns).all()
+    assert (
+        step_times(LLAMA8, H100, 2, 1).provenance.describe() == "roofline × torch fit's ratio at tp 1, H100"
+    )
+    assert step_times(catalogue.model("Qwen/Qwen3-8B"), H100, 1, 1).provenance.source == "roofline"
 
 
 @pytest.mark.parametrize(

@@ -209,8 +209,7 @@ def test_prompts_go_where_their_beginning_is() -> None:
     for k in range(20):  # in turn and without another's queue: to each its own
         assert f.prefill(0, ask([*a, k])) is first
         assert f.prefill(0, ask([*b, k])) is second
-    f.cached(first, None)  # one that says nothing of a prefix cache has none
-    f.cached(second, None)
+    first.caches = second.caches = False  # one that has never said what it found in a prefix cache has none
     assert f.prefill(0, ask([*b, 3])) is one(f, "p0")
 
 

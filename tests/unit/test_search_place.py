@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from disaggserve import catalogue, engines, search, simulate, workload
+from disaggserve import catalogue, engines, latency, search, simulate, workload
 from disaggserve.api.errors import Infeasible, InvalidInput
 from disaggserve.hardware import Inventory, Node, Refusal
 from disaggserve.search import Group, Shape, Standing
@@ -18,7 +18,7 @@ from disaggserve.search.ranking import ranked
 from disaggserve.search.shapes import Refused, shapes, summary
 
 A100 = catalogue.gpu("A100-80G")
-H100 = catalogue.gpu("H100")
+H100, H200 = catalogue.gpu("H100"), catalogue.gpu("H200")
 CHAT_13B, CHAT_66B = simulate.Promise(0.25, 0.1, 0.9), simulate.Promise(2.5, 0.15, 0.9)
 
 
@@ -231,7 +231,7 @@ def test_one_product_is_used_and_the_other_is_named():
 
 
 def test_a_model_without_a_profile_is_planned_by_roofline():
-    found = search.place(problem(5, "meta-llama/Llama-3.1-8B", where=nodes(gpu=H100)))
+    found = search.place(problem(5, "meta-llama/Llama-3.1-8B", where=nodes(gpu=H200)))
     assert "roofline" in found.latency_source
     assert found.goodput >= 5
 
@@ -248,17 +248,26 @@ def test_shapes_are_those_that_were_measured_and_fit():
     assert why[Shape(8, 1)] == why[Shape(2, 2)] == "Profile"  # tp 8 is a copy of another engine's curve
 
 
+def test_a_profile_of_one_tp_does_not_keep_the_others_from_being_tried():
+    p = problem(model="meta-llama/Llama-3.1-8B")
+    tried, refused = shapes(p.model, H100, engines.TORCH, "prefill", nodes(gpu=H100), p.workload.lengths)
+    assert tried == ((1, 1), (2, 1), (4, 1), (8, 1))
+    assert {r.limit for r in refused} == {"Profile"}, "pp: a fit's form carried over is too fast for it"
+    scaled = latency.step_times(p.model, H100, 2, 1).provenance.describe()
+    assert scaled == "roofline × torch fit's ratio at tp 1, H100"
+
+
 def test_shapes_without_a_profile_are_all_that_fit_the_engine():
     p = problem(model="meta-llama/Llama-3.1-8B")
-    tried, _ = shapes(p.model, H100, engines.TORCH, "prefill", nodes(gpu=H100), p.workload.lengths)
+    tried, _ = shapes(p.model, H200, engines.TORCH, "prefill", nodes(gpu=H200), p.workload.lengths)
     assert Shape(1, 8) in tried
     assert Shape(8, 1) in tried
     assert all(s.gpus <= 8 for s in tried)
-    tried, refused = shapes(p.model, H100, engines.VLLM, "prefill", nodes(gpu=H100), p.workload.lengths)
+    tried, refused = shapes(p.model, H200, engines.VLLM, "prefill", nodes(gpu=H200), p.workload.lengths)
     assert all(s.pp == 1 for s in tried)
     assert {r.limit for r in refused} == {"Engine"}
     tried, refused = shapes(
-        p.model, H100, engines.TORCH, "prefill", nodes(gpu=H100, nvlink=False), p.workload.lengths
+        p.model, H200, engines.TORCH, "prefill", nodes(gpu=H200, nvlink=False), p.workload.lengths
     )
     assert all(s.tp == 1 for s in tried)
     assert {r.limit for r in refused} == {"Nodes"}
@@ -354,7 +363,7 @@ def test_groups_on_two_products_are_two_pools():
     made = search.deployment(p.model, p.engine, both, groups)
     assert [(pool.count, pool.times.provenance.source) for pool in made.prefill] == [
         (1, "profile"),
-        (2, "roofline"),
+        (2, "fitted"),
     ]
 
 

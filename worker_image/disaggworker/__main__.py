@@ -1,4 +1,4 @@
-"""`disaggworker prefill|decode|mixed|router|fetch|profile …`: the data plane's processes."""
+"""`disaggworker prefill|decode|mixed|pair|router|fetch|profile …`: the data plane's processes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Sequence
 
 from disaggworker.errors import StartError, WorkerError
 
-_USAGE = (
-    "usage: disaggworker prefill|decode|mixed|router|fetch|profile|--speak vllm [flags]; each knows --help"
-)
+_USAGE = "usage: disaggworker prefill|decode|mixed|pair|router|fetch|profile|--speak vllm [flags]; each knows --help"
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
 _FILES += ["special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"]
@@ -27,6 +25,10 @@ def main(argv: list[str] | None = None) -> int:
                 from disaggworker.worker.main import run
 
                 return run(argv)
+            case "pair":
+                from disaggworker.worker.pair import run as run_pair
+
+                return run_pair(argv[1:])
             case "router":
                 from disaggworker.router.main import run as run_router
 

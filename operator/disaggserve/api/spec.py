@@ -496,7 +496,10 @@ class RolloutSpec(ApiModel):
 
 class RouterSpec(ApiModel):
     replicas: int = Field(
-        default=1, ge=1, le=16, description="Routers; above 1 comes later and is refused. Example: 1."
+        default=1,
+        ge=1,
+        le=16,
+        description="Routers side by side: requests outlive the end of all but their own. Example: 3.",
     )
     image: LongText | None = Field(
         default=None,
@@ -504,15 +507,6 @@ class RouterSpec(ApiModel):
         description="Image of the router; the release's own when left out. Example: example.com/disaggserve-router:0.1.0.",
     )
     pod: PodSpec = Field(default_factory=PodSpec, description="Parts of the router pods.")
-
-    rules = (
-        _later(
-            "replicas",
-            "self.replicas == 1",
-            "several routers are not carried out by this release; write 1",
-            lambda s: s.replicas == 1,
-        ),
-    )
 
 
 class PinnedPlan(ApiModel):

@@ -220,11 +220,15 @@ def fit(
         str | None, typer.Option("--gpu", help="nvidia.com/gpu.product; without it the profile is for any.")
     ] = None,
     engine: Annotated[str | None, typer.Option("--engine", help="torch, vllm, sglang or distserve.")] = None,
+    note: Annotated[
+        str,
+        typer.Option("--note", help="Said first in the profile's provenance: machine, versions, date."),
+    ] = "",
 ) -> None:
     """Fits a profile of step times to measured steps, and says how far it is from them."""
     from disaggserve.cli.fit import run
 
-    run(measurements, output, model, gpu, engine)
+    run(measurements, output, model, gpu, engine, note)
 
 
 @app.command()

@@ -16,7 +16,9 @@ from disaggserve.latency import fitting, measurements, records
 _out = Console(highlight=False)
 
 
-def run(file: Path, output: Path, model_id: str | None, product: str | None, engine: str | None) -> None:
+def run(
+    file: Path, output: Path, model_id: str | None, product: str | None, engine: str | None, note: str = ""
+) -> None:
     model = catalogue.model(model_id) if model_id is not None else None
     gpu = catalogue.gpu(product) if product is not None else None
     if engine not in (None, "distserve"):
@@ -25,7 +27,8 @@ def run(file: Path, output: Path, model_id: str | None, product: str | None, eng
     name = "standard input" if str(file) == "-" else file.name
     rows = measurements.read(content, name, model, gpu)
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-    document = fitting.fit(rows, f"fitted to {name} (sha256 {digest})", model, gpu, engine)
+    said = f"{note}; " if note else ""
+    document = fitting.fit(rows, f"{said}fitted to {name} (sha256 {digest})", model, gpu, engine)
     profile = latency.Profile.of(document.model_dump(mode="json", exclude_none=True), output)
     if model is not None and gpu is not None:
         for tp, pp in profile.measured(model):

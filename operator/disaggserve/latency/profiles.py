@@ -230,8 +230,33 @@ def _distserve_fit(entry: Any, where: str, key: tuple[str, int]) -> Fit:
     return Fit(prefill, small, large, threshold, key not in _COPIED, stage_ms=1.0)
 
 
+_SHIPPED = Path(catalogue.__file__).parent / "data" / "profiles"
+
+
 @functools.cache
 def shipped_profile() -> Profile:
     """DistServe's fits of OPT-13B and OPT-66B on A100-80G: raw fits × 1.10 for prefill (REFERENCE § 1)."""
-    shipped = Path(catalogue.__file__).parent / "data" / "profiles" / "profiler-a100-80g.distserve.json"
-    return dataclasses.replace(Profile.load(shipped), name="DistServe fit")
+    return dataclasses.replace(
+        Profile.load(_SHIPPED / "profiler-a100-80g.distserve.json"), name="DistServe fit"
+    )
+
+
+@functools.cache
+def shipped_profiles() -> tuple[Profile, ...]:
+    """That one, and what our own engine was measured to take on GPUs at hand (benchmarks/gpu.py)."""
+    own = (Profile.load(path) for path in sorted(_SHIPPED.glob("*.torch.*.json")))
+    return shipped_profile(), *(dataclasses.replace(p, name="torch fit", fits=_alike(p.fits)) for p in own)
+
+
+def _alike(fits: Mapping[tuple[str, int], Fit]) -> Mapping[tuple[str, int], Fit]:
+    """The same for every model of the catalogue that has the same shape: a step takes as long."""
+
+    def shape(model: Model) -> Model:
+        return dataclasses.replace(model, id="", max_positions=0)
+
+    return {
+        (model.id, tp): fit
+        for (measured, tp), fit in fits.items()
+        for model in catalogue.MODELS.values()
+        if shape(model) == shape(catalogue.model(measured))
+    }

@@ -11,7 +11,7 @@ import numpy as np
 
 from disaggserve.catalogue import GPU, BadShape, Link, Model
 from disaggserve.latency import physics, roofline
-from disaggserve.latency.profiles import Profile, shipped_profile
+from disaggserve.latency.profiles import Profile, shipped_profiles
 from disaggserve.latency.steps import Floats, Provenance, StepTimes
 
 SATURATED = 0.9  # see `saturation_tokens`
@@ -20,9 +20,9 @@ SATURATED = 0.9  # see `saturation_tokens`
 def profile_for(model: Model, gpu: GPU, profile: Profile | None = None) -> Profile | None:
     """The one profile that all shapes of this model on this GPU come from, or None for the roofline.
 
-    `profile` where it covers them, else the shipped one where that does.
+    `profile` where it covers them, else a shipped one that does.
     """
-    return next((p for p in (profile, shipped_profile()) if p is not None and p.covers(model, gpu)), None)
+    return next((p for p in (profile, *shipped_profiles()) if p is not None and p.covers(model, gpu)), None)
 
 
 def step_times(

@@ -62,7 +62,7 @@ def shapes(
 
     tp divides heads and feed-forward, pp the layers, and an instance has at most the GPUs of the largest
     node. Where a profile covers the model on this GPU, only shapes that it measured (REFERENCE § 3): the shipped
-    one its tp at pp 1. Its form can be stretched to any pp, but real decode at pp 2 ran 20 to 35 % slower than it
+    one its tp at pp 1. One that measured a single tp is no choice among them: others are scaled from it. Its form can be stretched to any pp, but real decode at pp 2 ran 20 to 35 % slower than it
     says (REFERENCE § 1). The longest request must fit the KV blocks beside the weights (its prompt, for prefill).
     """
     nodes = list(nodes)
@@ -85,7 +85,7 @@ def shapes(
         limit: Limit
         if engine_says := engines.refuse_shape(engine, role, *shape):
             limit, reason = "Engine", engine_says
-        elif profile is not None and shape not in profile.measured(model):
+        elif profile is not None and not _known(shape, model, profile):
             limit, reason = "Profile", f"{profile.name} did not measure it"
         elif shape.tp > 1 and shape.gpus > nvlink:
             limit, reason = (
@@ -97,6 +97,10 @@ def shapes(
             continue
         refused.append(Refused(role, shape, limit, reason))
     return tuple(tried), tuple(refused)
+
+
+def _known(shape: Shape, model: Model, profile: latency.Profile) -> bool:
+    return shape in profile.measured(model) or (shape.pp == 1 and len(profile.shapes(model)) == 1)
 
 
 def summary(refused: Iterable[Refused]) -> list[Rejected]:

@@ -15,8 +15,8 @@ from disaggworker.kv.blocks import BLOCK_TOKENS, blocks_for
 from disaggworker.kv.pool import Ints, Pool
 
 
-class _Part(Protocol):
-    """Attention of some neighbouring sequences of a step, whose k and v the pool holds already.
+class Attend(Protocol):
+    """Attention of a step, or of some neighbouring sequences of it.
 
     q `[tokens, heads, head_dim]`, k and v `[tokens, kv_heads, head_dim]` → `[tokens, heads × head_dim]`
     """
@@ -25,14 +25,17 @@ class _Part(Protocol):
 
 
 class Attention:
-    """Puts a step's keys and values into the pool, and attends over everything before each token."""
+    """Puts a step's keys and values into the pool, and attends over everything before each token.
+
+    Each part of it finds them there.
+    """
 
     def __init__(self, pool: Pool, step: Step) -> None:
         self._pool = pool
-        positions, tables = step.positions(), _padded(step)
+        positions, tables = step.positions(), padded(step)
         owners = tables[np.repeat(np.arange(len(tables)), step.counts), positions // BLOCK_TOKENS]
         self._rows = pool.rows(owners, positions % BLOCK_TOKENS)
-        self._parts: list[tuple[slice, _Part]] = []
+        self._parts: list[tuple[slice, Attend]] = []
         at = 0
         # Neighbours with one new token each are computed together; any other alone.
         for alone, group in itertools.groupby(range(len(step.counts)), lambda row: step.counts[row] > 1):
@@ -42,7 +45,7 @@ class Attention:
                 self._parts.append((slice(at, end), self._part(step, tables, some)))
                 at = end
 
-    def _part(self, step: Step, tables: Ints, rows: list[int]) -> _Part:
+    def _part(self, step: Step, tables: Ints, rows: list[int]) -> Attend:
         first = rows[0]
         if step.counts[first] > 1 and step.starts[first] == 0:
             return _whole
@@ -112,7 +115,7 @@ class _Single:
         return out.reshape(batch, -1)
 
 
-def _padded(step: Step) -> Ints:
+def padded(step: Step) -> Ints:
     """The block tables `[sequences, widest]`, as far as the step reaches; block 0 where a shorter one has ended."""
     widths = [blocks_for(s + c) for s, c in zip(step.starts, step.counts, strict=True)]
     tables = np.zeros((len(widths), max(widths)), dtype=np.int64)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from disaggworker.engine.attention import Attention
+from disaggworker.engine.attention import Attend, Attention
 from disaggworker.engine.step import Step
 from disaggworker.kv.pool import Pool
 from disaggworker.model.load import Model
@@ -45,6 +45,7 @@ class Runner:
 
     def __init__(self, model: Model, pool: Pool) -> None:
         self.model, self.pool = model, pool
+        self._attention = attention_on(model.device)
         self.on_ready: Callable[[], None] = lambda: (
             None
         )  # a step in flight has become ready; in another thread
@@ -62,4 +63,22 @@ class Runner:
         last = None  # all of them
         if len(step.answers) < len(step.tokens):
             last = (torch.tensor(step.counts).cumsum(0) - 1)[step.answers].to(device)
-        return self.model.forward(x, positions, Attention(self.pool, step), last)
+        return self.model.forward(x, positions, self._attention(self.pool, step), last)
+
+
+def attention_on(device: torch.device) -> Callable[[Pool, Step], Attend]:
+    """What attends on such a device. Triton, which a CPU does not have, is imported on a GPU only."""
+    if device.type == "cuda":
+        from disaggworker.cuda.attention import attention_for
+
+        return attention_for
+    return Attention
+
+
+def runner_for(model: Model, pool: Pool) -> Runner:
+    """The runner of one process on the model's device."""
+    if model.device.type == "cuda":
+        from disaggworker.cuda.runner import CudaRunner
+
+        return CudaRunner(model, pool)
+    return Runner(model, pool)

@@ -12,7 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -372,12 +372,22 @@ class _Peer:
         self._socket.close()
 
 
+class Others(Protocol):
+    """The other ranks of this instance, which pull their own parts."""
+
+    def fetch(
+        self, handoff: protocol.Handoff, blocks: Sequence[int]
+    ) -> tuple[Sequence[asyncio.Future[frozenset[protocol.Way]]], Callable[[], None]]:
+        """A pull on each of them, over when nothing is written there any more, and what ends it early."""
+
+
 class KVClient:
     """Asks prefill instances. One per decode worker, used on one event loop; `pull` needs a puller first."""
 
     def __init__(self, pairing_key: str) -> None:
         self._key = pairing_key
         self.puller: Puller | None = None
+        self.others: Others | None = None
         self._context = zmq.asyncio.Context()
         self._peers: dict[Address, _Peer] = {}
         self._numbers = itertools.count(1)
@@ -392,22 +402,33 @@ class KVClient:
         await self._ask(protocol.Release, handoff)
 
     async def pull(self, handoff: protocol.Handoff, blocks: Sequence[int]) -> Pulled:
-        """Fill these blocks with the hand-off's KV; afterwards, however it ends, nothing writes to them. Raises `TransferError`."""
+        """Fill these blocks with the hand-off's KV, on every rank of this instance.
+
+        Afterwards, however it ends, nothing writes to them. Raises `TransferError`.
+        """
         assert self.puller is not None
         stop = threading.Event()
-        work = asyncio.get_running_loop().run_in_executor(
+        mine = asyncio.get_running_loop().run_in_executor(
             self._thread, self.puller.pull, handoff, blocks, stop.is_set
         )
+        theirs, stop_theirs = self.others.fetch(handoff, blocks) if self.others else ([], lambda: None)
+        works: list[asyncio.Future[Any]] = [mine, *theirs]
         try:
-            pulled = await asyncio.shield(work)
-        except asyncio.CancelledError:
-            stop.set()
-            while not work.done():
+            await asyncio.wait(works, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            # The first fault is the one to tell: the others were told to stop because of it.
+            faults = [work.exception() for work in works if work.done() and work.exception()]
+            if not all(work.done() for work in works):
+                stop.set()
+                stop_theirs()
+            while not all(work.done() for work in works):
                 with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([work])
-            with contextlib.suppress(TransferError):
-                work.result()
-            raise
+                    await asyncio.wait(works)
+            faults += [work.exception() for work in works if work.exception()]
+        if faults[:1] and faults[0]:
+            raise faults[0]
+        pulled = mine.result()
+        pulled = dataclasses.replace(pulled, ways=pulled.ways.union(*(work.result() for work in theirs)))
         if pulled.ways != {"zmq"}:
             await self.renew(handoff)  # still held: so it was, all the while that it was read
         return pulled

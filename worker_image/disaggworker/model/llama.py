@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, silu
+from torch.nn.functional import embedding, linear
 
-from disaggworker.engine.attention import Attention
+from disaggworker.engine.attention import Attend
 from disaggworker.errors import StartError
+from disaggworker.model import ops
 from disaggworker.model.share import WHOLE, Share
 from disaggworker.model.weights import Weights
 
@@ -113,44 +114,38 @@ class Llama:
             else None,
         )
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._epsilon)
-        return weight * wide.to(x.dtype)
-
-    def forward(self, x: Tensor, positions: Tensor, attention: Attention, last: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attention: Attend, last: Tensor | None) -> Tensor:
         """This stage of one pass over packed tokens at `positions` `[n]`.
 
         `x` is tokens `[n]` on the first stage, elsewhere what the stage before gave, `[n, hidden]`. The last stage gives
         logits `[rows, own vocabulary]` of the rows that `last` names (None: all).
         """
-        reduce = self.share.reduce
+        reduce, epsilon = self.share.reduce, self._epsilon
         if self.share.first:
             x = embedding(x, self._tokens)
         angle = positions[:, None].float() * self._frequencies
         angle = torch.cat((angle, angle), -1)[:, None, :]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        heads = (self.heads, self.kv_heads, self.kv_heads)
+        turned, heads = self.heads + self.kv_heads, (self.heads, self.kv_heads)
+        branch: Tensor | None = None
         for number, layer in enumerate(self._layers):
-            h = linear(self._norm(x, layer.attention_norm), *layer.qkv)
-            q, k, v = torch.split_with_sizes(h.view(-1, sum(heads), self.head_dim), heads, 1)
+            x, h = ops.add_rms_norm(x, branch, layer.attention_norm, epsilon)
+            h = linear(h, *layer.qkv).view(len(x), -1, self.head_dim)
+            qk, v = h[:, :turned], h[:, turned:]
             if layer.head_norms:
-                q, k = self._norm(q, layer.head_norms[0]), self._norm(k, layer.head_norms[1])
-            mixed = attention(number, _rotate(q, cos, sin), _rotate(k, cos, sin), v)
-            x = x + reduce(linear(mixed, *layer.out))
-            gate, up = linear(self._norm(x, layer.ffn_norm), *layer.gate_up).chunk(2, -1)
-            x = x + reduce(linear(silu(gate) * up, *layer.down))
+                parts = zip(torch.split_with_sizes(qk, heads, 1), layer.head_norms, strict=True)
+                qk = torch.cat([ops.rms_norm(part, weight, epsilon) for part, weight in parts], 1)
+            q, k = torch.split_with_sizes(ops.rotate(qk, cos, sin), heads, 1)
+            branch = reduce(linear(attention(number, q, k, v), *layer.out))
+            x, h = ops.add_rms_norm(x, branch, layer.ffn_norm, epsilon)
+            branch = reduce(linear(ops.gated(linear(h, *layer.gate_up)), *layer.down))
+        x = x if branch is None else x + branch
         if not self.share.last:
             return x
         if last is not None:
             x = x.index_select(0, last)
-        return linear(self._norm(x, self._final), self._head)
+        return linear(ops.add_rms_norm(x, None, self._final, epsilon)[1], self._head)
 
 
 def _rows(heads: range, width: int) -> slice:
     return slice(heads.start * width, heads.stop * width)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat((-right, left), -1) * sin

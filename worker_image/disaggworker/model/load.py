@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from disaggworker.engine.attention import Attention
+from disaggworker.engine.attention import Attend
 from disaggworker.errors import StartError
 from disaggworker.model.llama import Llama
 from disaggworker.model.opt import OPT
@@ -34,7 +34,7 @@ class Model(Protocol):
     dtype: torch.dtype
     device: torch.device
 
-    def forward(self, x: Tensor, positions: Tensor, attention: Attention, last: Tensor | None) -> Tensor: ...
+    def forward(self, x: Tensor, positions: Tensor, attention: Attend, last: Tensor | None) -> Tensor: ...
 
 
 _ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any], Weights, Share], Model]] = {

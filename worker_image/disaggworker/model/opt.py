@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import embedding, layer_norm, linear, relu
+from torch.nn.functional import embedding, linear
 
-from disaggworker.engine.attention import Attention
+from disaggworker.engine.attention import Attend
+from disaggworker.model import ops
 from disaggworker.model.share import WHOLE, Share
 from disaggworker.model.weights import Weights
 
@@ -73,10 +74,7 @@ class OPT:
             ffn_norm=weights.linear(at + "final_layer_norm"),
         )
 
-    def _norm(self, x: Tensor, affine: Affine) -> Tensor:
-        return layer_norm(x, (self.hidden,), *affine)
-
-    def forward(self, x: Tensor, positions: Tensor, attention: Attention, last: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attention: Attend, last: Tensor | None) -> Tensor:
         """This stage of one pass over packed tokens at `positions` `[n]`.
 
         `x` is tokens `[n]` on the first stage, elsewhere what the stage before gave, `[n, hidden]`. The last stage gives
@@ -88,22 +86,27 @@ class OPT:
             if self._project_in:
                 x = linear(x, *self._project_in)
             x = x + embedding(positions + _OFFSET, self._positions)
+        branch: Tensor | None = None
         for number, layer in enumerate(self._layers):
-            h = self._norm(x, layer.attention_norm) if self._norm_before else x
+            h = x
+            if self._norm_before:
+                x, h = ops.add_layer_norm(x, branch, layer.attention_norm)
             q, k, v = linear(h, *layer.qkv).view(len(x), 3, -1, self.head_dim).unbind(1)
-            x = x + reduce(linear(attention(number, q, k, v), *layer.out))
+            branch = reduce(linear(attention(number, q, k, v), *layer.out))
+            if self._norm_before:
+                x, h = ops.add_layer_norm(x, branch, layer.ffn_norm)
+            else:
+                x = h = ops.add_layer_norm(x, branch, layer.attention_norm)[1]
+            branch = reduce(linear(ops.linear_relu(h, *layer.up), *layer.down))
             if not self._norm_before:
-                x = self._norm(x, layer.attention_norm)
-            h = self._norm(x, layer.ffn_norm) if self._norm_before else x
-            x = x + reduce(linear(relu(linear(h, *layer.up)), *layer.down))
-            if not self._norm_before:
-                x = self._norm(x, layer.ffn_norm)
+                x, branch = ops.add_layer_norm(x, branch, layer.ffn_norm)[1], None
+        x = x if branch is None else x + branch
         if not self.share.last:
             return x
         if last is not None:
             x = x.index_select(0, last)
         if self._final:
-            x = self._norm(x, self._final)
+            x = ops.add_layer_norm(x, None, self._final)[1]
         if self._project_out:
             x = linear(x, *self._project_out)
         return linear(x, self._head)

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from disaggworker.engine.engine import Engine
-from disaggworker.engine.runner import Runner
+from disaggworker.engine.runner import runner_for
 from disaggworker.engine.scheduler import Batch, Scheduler
 from disaggworker.engine.sequence import Sampling, Sequence
 from disaggworker.errors import StartError
 from disaggworker.kv.blocks import BlockManager, blocks_for
 from disaggworker.kv.pool import Pool, blocks_in_memory
-from disaggworker.model.load import load
+from disaggworker.model.load import Model, load
 from disaggworker.profiling.grid import Cell, LeftOut, Timing
 
 _GREEDY = Sampling(temperature=0.0, ignore_eos=True)
@@ -28,18 +28,23 @@ _TOKENS = range(10, 256)  # ids that every vocabulary has
 
 
 class Inside:
-    """A model loaded as a worker loads it. `prepare` comes before `time`."""
+    """A model in this process. `prepare` comes before `time`."""
 
-    def __init__(self, weights: Path, dtype: str, context: int) -> None:
-        """`context` 0: the model's own. Raises `StartError`."""
+    def __init__(self, model: Model, context: int = 0) -> None:
+        """`context` 0: the model's own."""
+        self._model = model
+        self.context = min(context or model.max_positions, model.max_positions)
+        self._random = random.Random(0)
+
+    @classmethod
+    def load(cls, weights: Path, dtype: str, context: int) -> Inside:
+        """As a worker loads it. Raises `StartError`."""
         try:
             with torch.inference_mode():
-                self._model, self._ends = load(weights, dtype)
+                model, _ = load(weights, dtype)
         except RuntimeError as e:  # torch's, for memory and for shapes
             raise StartError(f"{weights} cannot be loaded: {e}") from None
-        longest = self._model.max_positions
-        self.context = min(context or longest, longest)
-        self._random = random.Random(0)
+        return cls(model, context)
 
     def prepare(self, grid: Iterable[Cell]) -> None:
         """Take KV memory for the largest cell, or as much of it as there is. Raises `StartError`."""
@@ -53,7 +58,7 @@ class Inside:
                 tensor.normal_()
         self._blocks = BlockManager(total)
         scheduler = Scheduler(self._blocks, batch_tokens=0)
-        self._engine = Engine(Runner(model, pool), scheduler, self._ends, None, lambda _: None)
+        self._engine = Engine(runner_for(model, pool), scheduler, frozenset(), None, lambda _: None)
 
     def time(self, cell: Cell) -> Timing:
         """One step. Raises `LeftOut` where memory holds no such batch."""

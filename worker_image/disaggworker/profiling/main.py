@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
             # torch takes seconds to import: only who needs it pays.
             from disaggworker.profiling.inside import Inside
 
-            door = Inside(flags.weights, flags.dtype, flags.context_length)
+            door = Inside.load(flags.weights, flags.dtype, flags.context_length)
             cells, said = _cells(flags, door.context)
             door.prepare(cells)
         console = Console(stderr=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
+from collections.abc import Callable
 
 from disaggworker.router.errors import NoInstance, QueueFull
 from disaggworker.router.fleet import Fleet, Instance
@@ -55,17 +56,22 @@ class Admission:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def prefill(self, request: Request) -> Instance:
-        """A prefill instance for it whose key some decode has. Raises NoInstance when none comes up in time."""
+    async def prefill(self, request: Request, goes_on: Callable[[Instance], bool] | None = None) -> Instance:
+        """A prefill instance for it whose key some decode has. Raises NoInstance when none comes up in time.
+
+        `goes_on`: the answer was begun; where it can go on.
+        """
         clock = asyncio.get_running_loop().time
         deadline_s = clock() + self._timeout_s
         while True:
             now_s = clock()
-            found = self._fleet.prefill(now_s, request)
+            found = self._fleet.prefill(now_s, request, goes_on)
             if found is not None:
                 return found
             if now_s >= deadline_s:
                 why = self._fleet.lacking() or "every instance failed lately"
+                if goes_on is not None:
+                    why = "no instance where the answer could go on, of the pairing key where it was begun, is ready"
                 raise NoInstance(f"{why}; waited {self._timeout_s:g} s")
             until_s = min(deadline_s, self._fleet.next_chance_s(now_s) or deadline_s)
             try:

@@ -8,7 +8,7 @@ Pure data: no clock, no network; `now_s` is any rising clock. Not thread-safe, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -177,10 +177,23 @@ class Fleet:
                 instance.prefixes = Prefixes()
             instance.seen = s
 
-    def prefill(self, now_s: float, request: Request | None = None) -> Instance | None:
-        """The fewest tokens until the first one of `request`, among those with a decode of the same pairing key."""
-        keys = {i.seen.pairing_key for i in self._admitting("decode", now_s)}
-        found = _preferred(i for i in self._admitting("prefill", now_s) if i.seen.pairing_key in keys)
+    def prefill(
+        self,
+        now_s: float,
+        request: Request | None = None,
+        goes_on: Callable[[Instance], bool] | None = None,
+    ) -> Instance | None:
+        """The fewest tokens until the first one of `request`, among those with a decode of the same pairing key.
+
+        `goes_on` says of an answer that was begun where it can go on; there draining ones take it, too, where no other can.
+        """
+        if goes_on is None:
+            keys = {i.seen.pairing_key for i in self._admitting("decode", now_s)}
+            found = _preferred(i for i in self._admitting("prefill", now_s) if i.seen.pairing_key in keys)
+        else:
+            able = [i for i in self._able("prefill", now_s) if goes_on(i)]
+            able = [i for i in able if self.decode(i.seen.pairing_key, now_s) is not None]
+            found = _preferred(i for i in able if i.admitting) or able
         if not found:
             return None
         queued = [i.all_queued_tokens for i in found]
@@ -197,13 +210,8 @@ class Fleet:
 
         Requests that are through prefill may go to a draining one when no other has their key: their KV fits nowhere else.
         """
-        found = _preferred(i for i in self._admitting("decode", now_s) if i.seen.pairing_key == pairing_key)
-        if not found:
-            found = [
-                i
-                for i in self._of("decode", pairing_key)
-                if i.known and i.seen.ready and now_s >= i.barred_until_s
-            ]
+        able = [i for i in self._able("decode", now_s) if i.seen.pairing_key == pairing_key]
+        found = _preferred(i for i in able if i.admitting) or able
         return found[choose_decode([i.all_kv_tokens for i in found])] if found else None
 
     def fault(self, instance: Instance, now_s: float, *, answered: bool = False) -> None:
@@ -280,13 +288,20 @@ class Fleet:
             assert held == (0, 0, 0, 0), f"{i} still holds (in flight, leased, queued, KV tokens) {held}"
 
     def cached(self, instance: Instance, tokens: int | None) -> None:
-        """Prefill found so many tokens of a prompt in its prefix cache; None where it does not say."""
-        instance.caches = tokens is not None
+        """It found so many tokens of a prompt in its prefix cache; None where it does not say."""
+        if tokens is not None:  # some say so only where they found something
+            instance.caches = True
 
     def _of(self, phase: Phase, pairing_key: str) -> list[Instance]:
         return [i for i in self._instances.values() if i.does(phase) and i.seen.pairing_key == pairing_key]
 
-    def _admitting(self, phase: Phase, now_s: float) -> list[Instance]:
+    def _able(self, phase: Phase, now_s: float) -> list[Instance]:
+        """Those that serve, draining ones included."""
         return [
-            i for i in self._instances.values() if i.does(phase) and i.admitting and now_s >= i.barred_until_s
+            i
+            for i in self._instances.values()
+            if i.does(phase) and i.known and i.seen.ready and now_s >= i.barred_until_s
         ]
+
+    def _admitting(self, phase: Phase, now_s: float) -> list[Instance]:
+        return [i for i in self._able(phase, now_s) if i.admitting]

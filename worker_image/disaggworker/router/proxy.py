@@ -160,6 +160,7 @@ class Exchange:
         self._first_s = self._last_s = 0.0
         self._queued = True
         self._client: web.StreamResponse | None = None  # once its stream has begun
+        self._key: str | None = None  # pairing key of the instances that answer
         self._tokens = 0  # of the answer so far
         self._answered: list[int] = []  # which they are, where the engine says so
         self._seed: int | None = None  # with which they are drawn, where the engine says so
@@ -242,7 +243,18 @@ class Exchange:
 
     @property
     def _can_go_on(self) -> bool:
-        return self._said is not None or (self._seed is not None and len(self._answered) == self._tokens)
+        return self._said is not None or self._resumable
+
+    @property
+    def _resumable(self) -> bool:
+        return self._seed is not None and len(self._answered) == self._tokens
+
+    def _goes_on_at(self, instance: Instance) -> bool:
+        """Of the same key, since other weights would go on otherwise, and in the way in which the answer was begun."""
+        whole = instance.seen.role == "mixed" or instance.seen.engine == vllm.NAME
+        return instance.seen.pairing_key == self._key and (
+            self._said is not None if whole else self._resumable
+        )
 
     # ------------------------------------------------------------------------------------- one attempt
 
@@ -252,7 +264,9 @@ class Exchange:
             self._tokens, self._answered = 0, []
         elif self._seed is not None:
             resume = Resume(answered=self._answered, seed=self._seed)
-        instance = await self._proxy.admission.prefill(request)
+        begun = self._client is not None
+        instance = await self._proxy.admission.prefill(request, self._goes_on_at if begun else None)
+        self._key = instance.seen.pairing_key
         hold = Hold(instance, queued_tokens=request.uncached_tokens + len(self._answered))
         params: dict[str, Any] = {}
         try:
@@ -372,7 +386,7 @@ class Exchange:
 
     async def _decode(self, lease: Hold, answer: dict[str, Any]) -> web.StreamResponse:
         key = lease.instance.seen.pairing_key
-        body = self._request.for_decode(answer["kv_transfer_params"], token_ids=self._can_go_on)
+        body = self._request.for_decode(answer["kv_transfer_params"], token_ids=self._resumable)
         while True:
             instance = self._fleet.decode(key, self._clock())
             if instance is None:

@@ -45,6 +45,10 @@ class Request:
         if model is not None and model != model_name:
             raise UnknownModel(f"model {model!r} is not served here; {model_name!r} is", "model")
         body.pop("kv_transfer_params", None)  # a client's could name another's KV
+        if isinstance(more := body.get("vllm_xargs"), dict):
+            more.pop(
+                "kv_transfer_params", None
+            )  # the other way in: what is no object there ends vLLM's engine
         for field in ("n", "best_of"):
             if body.get(field) not in (None, 1):
                 raise WrongRequest(f"{field} must be 1: one answer per request is what is served here", field)

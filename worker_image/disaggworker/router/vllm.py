@@ -101,8 +101,13 @@ def aborted(answer: dict[str, Any]) -> bool:
 
 
 def repeatable(body: dict[str, Any]) -> bool:
-    """Whether the same request gives the same answer: greedy, or drawn with a seed from its first token on."""
-    return body.get("temperature") == 0 or body.get("seed") is not None
+    """Whether the same request gives the same answer: greedy, or drawn with a seed from its first token on.
+
+    Not where the client asks for more than text: what was said is compared as text, and a token may show none, or be cut by
+    the place at which the other answer ended.
+    """
+    asks_more = body.get("return_token_ids") or body.get("logprobs") not in (None, False)
+    return not asks_more and (body.get("temperature") == 0 or body.get("seed") is not None)
 
 
 class Frames:

@@ -27,16 +27,15 @@ from disaggworker import config as configuration
 from disaggworker import openai
 from disaggworker.config import Config
 from disaggworker.engine.engine import Engine, Event
-from disaggworker.engine.parallel.part import Part
 from disaggworker.engine.parallel.rank import follow
 from disaggworker.engine.parallel.ranks import Ranks
-from disaggworker.engine.parallel.stage import lead, pool_of, total_blocks
-from disaggworker.engine.runner import Runner
+from disaggworker.engine.parallel.stage import Lead, lead, pool_of, total_blocks
+from disaggworker.engine.runner import Runner, runner_for
 from disaggworker.engine.scheduler import Scheduler
 from disaggworker.errors import RequestError, StartError, TransferError, WorkerError
 from disaggworker.kv.blocks import BLOCK_TOKENS, BlockManager
 from disaggworker.kv.pull import KVClient, Puller
-from disaggworker.kv.ranks import Keeper, LeadPuller, LeadServer, place_of
+from disaggworker.kv.serve import KVServer
 from disaggworker.kv.shm import Shm
 from disaggworker.load import Book
 from disaggworker.metrics import CONTENT_TYPE, Metrics
@@ -45,6 +44,7 @@ from disaggworker.pace import Pace
 from disaggworker.worker.decode import Decode
 from disaggworker.worker.instance import Instance
 from disaggworker.worker.prefill import Prefill
+from disaggworker.worker.ranks import Attendant, Others, place_of
 from disaggworker.worker.role import Duty, Kind, NotIdle, Turn
 from disaggworker.worker.text import Text
 from disaggworker.worker.whole import Whole
@@ -64,7 +64,7 @@ def run(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises `StartError`."""
     config = configuration.read(argv)
     # They are forked: this process has one thread so far, and no GPU.
-    body = functools.partial(follow, config, attend=functools.partial(Keeper, config))
+    body = functools.partial(follow, config, attend=functools.partial(Attendant, config))
     ranks = Ranks(config.ranks - 1, body) if config.ranks > 1 else None
     try:
         code: int = uvloop.run(Worker(config, ranks).main())
@@ -105,7 +105,7 @@ class Worker:
         self._quiet.set()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self.stop)
-        self._kv_server = LeadServer(
+        self._kv_server = KVServer(
             config.pod_ip, config.kv_port, config.pairing_key, config.lease_s, ways=[Shm()]
         )
         self._kv_client = KVClient(config.pairing_key)
@@ -186,10 +186,8 @@ class Worker:
                 self._ranks.on_end = self._lost
                 self._ranks.listen()
                 runner, ends = lead(config, self._ranks)
-                puller: Puller = LeadPuller(config, runner.part, self._ranks)
             else:
                 runner, ends = self._alone()
-                puller = Puller(config.pairing_key, runner.pool, ways=[Shm()], checksum=config.kv_checksum)
         longest = min(config.context_length or runner.model.max_positions, runner.model.max_positions)
         text = Text(config.weights, min(longest, runner.pool.limit * BLOCK_TOKENS))
         scheduler = Scheduler(
@@ -202,12 +200,14 @@ class Worker:
         with torch.inference_mode():
             engine.warm_up()
         instance = Instance(config, pace, engine, text, self.metrics, self.book, self._loop)
-        part = Part.of(runner.model, runner.pool)
-        self._kv_server.ranks = self._ranks
-        self._kv_server.serve(runner.pool, place_of(part))
-        self._kv_client.puller = puller
+        place = place_of(runner.part) if isinstance(runner, Lead) else None
+        self._kv_server.serve(runner.pool, place)
+        self._kv_client.puller = Puller(
+            config.pairing_key, runner.pool, place, ways=[Shm()], checksum=config.kv_checksum
+        )
+        others = self._kv_client.others = Others(self._ranks, self._loop) if self._ranks else None
         self._serve = {
-            "prefill": Prefill(instance, self._kv_server).serve,
+            "prefill": Prefill(instance, self._kv_server, others).serve,
             "decode": Decode(instance, self._kv_client).serve,
             "whole": Whole(instance).serve,
         }
@@ -221,7 +221,7 @@ class Worker:
             torch.set_num_threads(1)
         model, ends = load(self.config.weights, self.config.dtype)
         blocks = total_blocks(self.config, self.pace, model)
-        return Runner(model, pool_of(self.config, model, blocks)), ends
+        return runner_for(model, pool_of(self.config, model, blocks)), ends
 
     def _fail(self, fault: WorkerError) -> None:
         """End the worker, from any thread. Of several faults the first is told."""

@@ -18,28 +18,38 @@ from disaggworker.engine.sequence import Sequence, Token
 from disaggworker.errors import RequestError
 from disaggworker.kv.serve import KVServer
 from disaggworker.worker.instance import Instance
+from disaggworker.worker.ranks import Others
 from disaggworker.worker.text import shown
 
 
 class Prefill:
     """Answers requests whose `kv_transfer_params` ask for a hand-off."""
 
-    def __init__(self, instance: Instance, server: KVServer) -> None:
-        self._instance, self._server = instance, server
+    def __init__(self, instance: Instance, server: KVServer, others: Others | None = None) -> None:
+        """`others`: the ranks beside this one."""
+        self._instance, self._server, self._others = instance, server, others
         self._handoffs: dict[Sequence, tuple[str, int]] = {}
         instance.engine.hold = self._hold
 
     def _hold(self, sequence: Sequence) -> None:
         """In the engine's thread: the prompt is computed, and its blocks wait for a pull."""
         assert sequence.kv
-        engine, handoff = self._instance.engine, uuid.uuid4().hex
+        engine, others, handoff = self._instance.engine, self._others, uuid.uuid4().hex
+
+        def end() -> None:
+            if others:
+                others.drop(handoff)
+            engine.scheduler.free(sequence)
+
+        if others:
+            others.hold(handoff, sequence.kv.generation, sequence.kv.blocks)
         self._handoffs[sequence] = handoff, sequence.kv.generation
         self._server.hold(
             handoff,
             sequence.kv.generation,
             sequence.kv.blocks,
             [*sequence.prompt, *sequence.output[:-1]],  # the last token is not in the cache yet
-            lambda: engine.release(sequence),
+            lambda: engine.post(end),
         )
 
     async def serve(self, request: web.Request, ask: openai.Ask) -> web.StreamResponse:
@@ -92,7 +102,7 @@ class Prefill:
             cached_tokens=cached,
             host=config.pod_ip,
             port=config.kv_port,
-            ranks=config.ranks,
+            ranks=1 + (self._others.count if self._others else 0),
             lease_s=config.lease_s,
             handoff=handoff,
             generation=generation,
