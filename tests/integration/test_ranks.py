@@ -135,6 +135,7 @@ class Worker:
     ) -> None:
         self.server, self.host = server, host
         self.log = server.folder / f"worker-{host}.log"
+        self.log.unlink(missing_ok=True)
         argv = ["disaggworker", role, "--model", "tiny", "--weights", str(folder), "--pairing-key", "k"]
         argv += [
             "--port",

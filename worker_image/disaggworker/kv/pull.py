@@ -329,7 +329,9 @@ class _Peer:
         self.open[question.ask] = future
         try:
             await self._socket.send(protocol.encode(question))
-            answer = await asyncio.wait_for(future, _ANSWER_S)
+            # Not wait_for: Python 3.11's loses a cancellation that comes with the answer.
+            async with asyncio.timeout(_ANSWER_S):
+                answer = await future
         except TimeoutError:
             self.lose()
             raise _lost(self.at) from None

@@ -14,7 +14,7 @@ With one stage a step is over when `begin` returns. With more it is on its way: 
 
 **The seam for KV.** Each rank holds the keys and values of its layers and its KV heads, a `Part`: its place in the instance,
 the range of layers, the range of KV heads, and the `Pool` that has them. What an `Attendant` does with it is not known here;
-kv/ranks.py has the one that serves and pulls it.
+worker/ranks.py has the one that serves and pulls it.
 
 * `follow(…, attend)` calls `attend(part, say)` on every rank but 0 once it can compute. On rank 0 the part is `Lead.part`.
 * `Ranks.tell(note)` on rank 0 sends bytes to every other rank's `Attendant.hear`, in the rank's one thread, in order with
