@@ -87,7 +87,7 @@ class Attendant:
         )
         self._server.serve(part.pool, place)
         self._puller = Puller(config.pairing_key, part.pool, place, ways=ways, checksum=config.kv_checksum)
-        self._thread = ThreadPoolExecutor(1, "pull", initializer=lambda: torch.set_num_threads(1))
+        self._thread = ThreadPoolExecutor(1, "pull", initializer=self._begin)
         self._stopped: set[int] = set()
 
     def hear(self, note: bytes) -> None:
@@ -104,6 +104,11 @@ class Attendant:
             case Stop(number):
                 self._stopped.add(number)
 
+    def _begin(self) -> None:
+        torch.set_num_threads(1)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
     def _settle(self) -> None:
         # A step is over for this thread when its last kernel is queued; others read and write the blocks on their own.
         if self._device.type == "cuda":
@@ -116,6 +121,8 @@ class Attendant:
             fetched = Fetched(number, sorted(pulled.ways))
         except TransferError as e:
             fetched = Fetched(number, error=type(e).__name__, reason=str(e))
+        except Exception as e:  # rank 0 waits for an answer, whatever happens here
+            fetched = Fetched(number, error="TransferError", reason=f"A rank cannot pull: {e}.")
         self._stopped.discard(number)
         self._say(_encode(fetched))
 
