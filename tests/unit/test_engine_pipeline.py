@@ -1,8 +1,9 @@
-"""Where an instance has stages, the next step begins before the last one's logits have come."""
+"""The engine's loop: with stages the next step begins before the last one's logits have come; no wake-up is lost."""
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import cast
 
 import pytest
@@ -76,3 +77,39 @@ def test_a_step_per_stage_is_in_flight() -> None:
     assert events[-1] == (second, Token(10), "length")
     scheduler.blocks.check_integrity()
     assert scheduler.blocks.free == 8
+
+
+@pytest.mark.parametrize("what", ["close", "logits"])
+def test_what_is_posted_just_before_a_turn_is_not_slept_over(what: str) -> None:
+    from disaggworker.engine.engine import Engine
+    from disaggworker.engine.runner import Runner
+    from disaggworker.engine.scheduler import Scheduler
+    from disaggworker.kv.blocks import BlockManager
+
+    runner, ended = Stages(), threading.Event()
+
+    def clock() -> float:
+        """Read last before a turn: what comes now is in the inbox when the turn begins, and the engine is not waiting."""
+        if what == "close" and not runner.begun:
+            engine.close()
+        elif what == "logits" and runner.begun and not runner.begun[0][1].ready:
+            runner.begun[0][1].ready = True
+            runner.on_ready()
+        return 0.0
+
+    def sink(_: object) -> None:
+        engine.close()
+
+    scheduler = Scheduler(BlockManager(8), batch_tokens=4, lanes=2)
+    engine = Engine(cast(Runner, runner), scheduler, frozenset(), None, sink, clock=clock)
+    if what == "logits":
+        engine.submit(
+            Sequence([1] * 4, Sampling(temperature=0.0), max_tokens=1, on_token=lambda _t, _f: None)
+        )
+
+    def run() -> None:
+        engine.run()
+        ended.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    assert ended.wait(10)

@@ -145,10 +145,14 @@ class Engine:
         """Take steps until `close`."""
         with torch.inference_mode():
             while not self._closed:
-                self._wait(self.turn(self._clock()))
+                until = self.turn(self._clock())
+                if not self._closed:
+                    self._wait(until)
 
     def turn(self, now: float) -> float | None:
-        """Report what is over at this time and begin what can begin. When to look again; None: once something is posted."""
+        """Do what was posted, report what is over at this time and begin what can begin. When to look again; None: once
+        something more is posted. What is posted wakes the engine once: all of it is done before anything is looked at."""
+        self._drain()
         self._report(now)
         if self._launch(now):
             return now
@@ -158,14 +162,13 @@ class Engine:
         return min(due, default=None)
 
     def _wait(self, until: float | None) -> None:
-        """Until then, or until something is posted, which is done."""
+        """Until then, or until something is posted; the first of it is done."""
         timeout = None if until is None else max(0.0, until - self._clock())
         try:
             action = self._inbox.get(timeout=timeout) if timeout != 0.0 else self._inbox.get_nowait()
         except queue.Empty:
             return
         action()
-        self._drain()
 
     def _drain(self) -> None:
         while True:
@@ -177,7 +180,6 @@ class Engine:
 
     def _launch(self, now: float) -> bool:
         """Begin a step if the first stage is free and somebody is ready; True if so."""
-        self._drain()
         for sequence in self.scheduler.admit():
             assert sequence.on_admitted
             sequence.pulling = True
