@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -50,6 +51,11 @@ class Ask:
     stream: bool
     include_usage: bool
     token_ids: bool
+
+    def seeded(self) -> Sampling:
+        """The sampling with the client's seed, or one drawn now."""
+        seed = self.seed if self.seed is not None else secrets.randbits(62)
+        return dataclasses.replace(self.sampling, seed=seed)
 
 
 class Piece(NamedTuple):

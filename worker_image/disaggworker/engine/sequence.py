@@ -54,6 +54,14 @@ class Sequence:
     last_token_s: float = 0.0  # 0 = none yet
     first_token_s: float = 0.0
 
+    def deliver(self, token: Token, finish: str | None, now_s: float) -> float | None:
+        """Hand a token over, on the event loop; seconds since the one before it, None for the first."""
+        gap_s = now_s - self.last_token_s if self.last_token_s else None
+        self.first_token_s = self.first_token_s or now_s
+        self.last_token_s = now_s
+        self.on_token(token, finish)
+        return gap_s
+
     @property
     def length(self) -> int:
         """Tokens of prompt and output."""

@@ -390,6 +390,7 @@ class KVClient:
         self.others: Others | None = None
         self._context = zmq.asyncio.Context()
         self._peers: dict[Address, _Peer] = {}
+        self._releases: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
         self._thread = ThreadPoolExecutor(1, "pull", initializer=lambda: torch.set_num_threads(1))
 
@@ -400,6 +401,18 @@ class KVClient:
     async def release(self, handoff: protocol.Handoff) -> None:
         """Give the hand-off up. Raises `TransferError`."""
         await self._ask(protocol.Release, handoff)
+
+    def release_soon(self, handoff: protocol.Handoff) -> None:
+        """The same, beside whatever follows, and without a word where nobody hears it."""
+
+        async def quietly() -> None:
+            # A prefill worker that is gone needs no release; one that did not hear it has its lease's end.
+            with contextlib.suppress(TransferError):
+                await self.release(handoff)
+
+        task = asyncio.get_running_loop().create_task(quietly())
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
 
     async def pull(self, handoff: protocol.Handoff, blocks: Sequence[int]) -> Pulled:
         """Fill these blocks with the hand-off's KV, on every rank of this instance.

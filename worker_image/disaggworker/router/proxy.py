@@ -416,10 +416,7 @@ class Exchange:
         except (msgspec.DecodeError, LookupError, TypeError, ValueError) as error:
             raise Lost(instance, f"{instance} answered without usage: {error!r}", answered=True) from error
         self._last_s = self._clock()
-        self._fleet.generated(instance)
-        self._fleet.worked(instance)
-        self.outcome = names.OK
-        return self._proxy.headed(errors.response(200, body), self._request.id)
+        return self._end_answer(instance, body)
 
     async def _pass_stream(
         self, client: web.StreamResponse, answer: dict[str, Any], reply: Reply, hold: Hold

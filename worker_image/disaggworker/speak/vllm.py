@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -46,6 +45,7 @@ from disaggworker.pace import Pace
 from disaggworker.speak import flags
 from disaggworker.speak.figures import Figures
 from disaggworker.speak.flags import Settings
+from disaggworker.worker.instance import Instance
 from disaggworker.worker.text import Text, shown
 
 _BODY_BYTES = 32 << 20
@@ -116,7 +116,6 @@ class Server:
         self._quiet.set()
         self._handoffs: dict[Sequence, str] = {}
         self._failed_pulls = 0
-        self._tasks: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------------------------ life
 
@@ -198,12 +197,8 @@ class Server:
     def _deliver(self, events: list[Event]) -> None:
         now = time.monotonic()
         for sequence, token, finish in events:
-            if sequence.last_token_s:
-                self._figures.times[names.VLLM_INTER_TOKEN].observe(now - sequence.last_token_s)
-            else:
-                sequence.first_token_s = now
-            sequence.last_token_s = now
-            sequence.on_token(token, finish)
+            if (gap_s := sequence.deliver(token, finish, now)) is not None:
+                self._figures.times[names.VLLM_INTER_TOKEN].observe(gap_s)
 
     def _keep(self, sequence: Sequence) -> None:
         """In the engine's thread: the prompt is computed, and its blocks wait for a pull."""
@@ -264,7 +259,7 @@ class Server:
         engine, text = self._engine, self._text
         prompt, answer = text.prompt(ask), _Answer(text.bytes, ask)
         # The first token must not end it, whatever it is: the KV is wanted all the same.
-        sampling = dataclasses.replace(_sampling(ask), ignore_eos=True, stop_ids=frozenset())
+        sampling = dataclasses.replace(ask.seeded(), ignore_eos=True, stop_ids=frozenset())
         sequence = Sequence(
             prompt, sampling, 2, lambda token, _: answer.on_token(token, "length"), hand_off=True
         )
@@ -308,7 +303,7 @@ class Server:
         prompt, answer = text.prompt(ask), _Answer(text.bytes, ask)
         limit = text.limit(ask, len(prompt))
         if not params:
-            sequence = Sequence(prompt, _sampling(ask), limit, answer.on_token)
+            sequence = Sequence(prompt, ask.seeded(), limit, answer.on_token)
             engine.submit(sequence)
             fetched = None
         else:
@@ -326,7 +321,7 @@ class Server:
             # All but the last token's KV is fetched; that one is computed here, which gives the answer's first.
             sequence = Sequence(
                 prompt[:-1],
-                _sampling(ask),
+                ask.seeded(),
                 limit + 1,
                 answer.on_token,
                 output=[prompt[-1]],
@@ -395,22 +390,13 @@ class Server:
         finally:
             renewing.cancel()
             engine.pulled(sequence, prompt)
-            self._background(handoff)
+            self._kv_client.release_soon(handoff)
 
     async def _renew(self, handoff: Handoff) -> None:
         with contextlib.suppress(TransferError):
             while True:
                 await asyncio.sleep(self._config.lease_s / _RENEWALS)
                 await self._kv_client.renew(handoff)
-
-    def _background(self, handoff: Handoff) -> None:
-        async def release() -> None:
-            with contextlib.suppress(TransferError):
-                await self._kv_client.release(handoff)
-
-        task = self._loop.create_task(release())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     # ------------------------------------------------------------------------------ answers
 
@@ -426,7 +412,7 @@ class Server:
         first_ms = 1e3 * (sequence.first_token_s - sequence.arrived_s)
         body = openai.answer(
             ask,
-            _identity(request, ask),
+            Instance.identity(request, ask),
             int(time.time()),
             self._config.served_name,
             pieces,
@@ -444,7 +430,7 @@ class Server:
             body = msgspec.json.decode(
                 openai.answer(
                     dataclasses.replace(ask, token_ids=False),
-                    _identity(request, ask),
+                    Instance.identity(request, ask),
                     int(time.time()),
                     self._config.served_name,
                     [gone],
@@ -456,7 +442,11 @@ class Server:
             body["usage"] = openai.usage(len(prompt), 0)
             return web.json_response(body)
         frames = openai.Frames(
-            ask, _identity(request, ask), int(time.time()), self._config.served_name, self._text.spelling
+            ask,
+            Instance.identity(request, ask),
+            int(time.time()),
+            self._config.served_name,
+            self._text.spelling,
         )
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
@@ -475,7 +465,11 @@ class Server:
     ) -> web.StreamResponse:
         """Headers at once: what fails after them is a frame."""
         frames = openai.Frames(
-            ask, _identity(request, ask), int(time.time()), self._config.served_name, self._text.spelling
+            ask,
+            Instance.identity(request, ask),
+            int(time.time()),
+            self._config.served_name,
+            self._text.spelling,
         )
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
@@ -541,14 +535,6 @@ class Server:
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _sampling(ask: openai.Ask) -> Any:
-    return dataclasses.replace(ask.sampling, seed=ask.seed if ask.seed is not None else secrets.randbits(62))
-
-
-def _identity(request: web.Request, ask: openai.Ask) -> str:
-    return ("chatcmpl-" if ask.chat else "cmpl-") + (request.headers.get("X-Request-Id") or uuid.uuid4().hex)
 
 
 def _error(message: str, status: int, param: str | None) -> bytes:

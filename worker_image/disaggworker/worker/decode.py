@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-from collections.abc import Awaitable
 
 import msgspec
 from aiohttp import web
@@ -14,7 +12,7 @@ from disaggserve.protocol import Handoff
 from disaggserve.wire import VERSION
 from disaggworker import openai
 from disaggworker.engine.sequence import Sequence, Token
-from disaggworker.errors import RequestError, TransferError
+from disaggworker.errors import RequestError
 from disaggworker.kv.blocks import blocks_for
 from disaggworker.kv.pull import KVClient
 from disaggworker.worker.instance import Instance
@@ -28,7 +26,6 @@ class Decode:
     def __init__(self, instance: Instance, client: KVClient) -> None:
         self._instance, self._client = instance, client
         self._pulls = asyncio.Lock()  # one transfer at a time into one instance, as its link has it
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self, request: web.Request, ask: openai.Ask) -> web.StreamResponse:
         """Raises `RequestError`, `TransferError`."""
@@ -112,7 +109,7 @@ class Decode:
             renewing.cancel()
             engine.pulled(sequence, prompt)
             # Arrived, or not wanted any more: the prefill worker needs its blocks either way.
-            self._background(client.release(handoff))
+            client.release_soon(handoff)
 
     async def _renew(self, handoff: Handoff) -> None:
         """Keep the lease while the request waits here. Raises `TransferError`."""
@@ -120,13 +117,3 @@ class Decode:
         while True:
             await self._client.renew(handoff)
             await asyncio.sleep(handoff.lease_s / 3)
-
-    def _background(self, work: Awaitable[None]) -> None:
-        async def quietly() -> None:
-            # A prefill worker that is gone needs no release; one that did not hear it has its lease's end.
-            with contextlib.suppress(TransferError):
-                await work
-
-        task = self._instance.loop.create_task(quietly())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

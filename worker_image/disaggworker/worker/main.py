@@ -27,9 +27,10 @@ from disaggworker import config as configuration
 from disaggworker import openai
 from disaggworker.config import Config
 from disaggworker.engine.engine import Engine, Event
+from disaggworker.engine.parallel.part import Part
 from disaggworker.engine.parallel.rank import follow
 from disaggworker.engine.parallel.ranks import Ranks
-from disaggworker.engine.parallel.stage import Lead, lead, pool_of, total_blocks
+from disaggworker.engine.parallel.stage import lead, pool_of, total_blocks
 from disaggworker.engine.runner import Runner, runner_for
 from disaggworker.engine.scheduler import Scheduler
 from disaggworker.errors import RequestError, StartError, TransferError, WorkerError
@@ -200,7 +201,7 @@ class Worker:
         with torch.inference_mode():
             engine.warm_up()
         instance = Instance(config, pace, engine, text, self.metrics, self.book, self._loop)
-        place = place_of(runner.part) if isinstance(runner, Lead) else None
+        place = place_of(Part.of(runner.model, runner.pool))
         self._kv_server.serve(runner.pool, place)
         self._kv_client.puller = Puller(
             config.pairing_key, runner.pool, place, ways=[Shm()], checksum=config.kv_checksum
@@ -244,12 +245,8 @@ class Worker:
         now = time.monotonic()
         metrics = self.metrics
         for sequence, token, finish in events:
-            if sequence.last_token_s:
-                metrics.inter_token.observe(now - sequence.last_token_s)
-            else:
-                sequence.first_token_s = now
-            sequence.last_token_s = now
-            sequence.on_token(token, finish)
+            if (gap_s := sequence.deliver(token, finish, now)) is not None:
+                metrics.inter_token.observe(gap_s)
 
     def _guarded(self, *, chat: bool) -> Handler:
         """The handler of what is asked for, with errors in OpenAI's shape."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import secrets
 import time
 import uuid
 
@@ -59,10 +58,8 @@ class Prefill:
         prompt = text.prompt(ask)
         limit = text.limit(ask, len(prompt))
         resume = _resume(ask, limit, len(text.bytes))
-        seed = ask.seed if ask.seed is not None else secrets.randbits(62)
         answered = resume.answered if resume else []
-        if resume:
-            seed = resume.seed
+        sampling = dataclasses.replace(ask.sampling, seed=resume.seed) if resume else ask.seeded()
         first: asyncio.Future[tuple[Token, str | None]] = self._instance.loop.create_future()
 
         def on_token(token: Token, finish: str | None) -> None:
@@ -71,7 +68,7 @@ class Prefill:
 
         sequence = Sequence(
             prompt,
-            dataclasses.replace(ask.sampling, seed=seed),
+            sampling,
             limit,
             on_token,
             output=list(answered),
@@ -107,7 +104,7 @@ class Prefill:
             handoff=handoff,
             generation=generation,
             pairing_key=config.pairing_key,
-            seed=seed,
+            seed=sampling.seed,
             answered=answered,
             gpu=pace.gpu.product if pace else "",
             rdma=pace.rdma if pace else False,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import secrets
-
 from aiohttp import web
 
 from disaggworker import openai
@@ -24,11 +21,10 @@ class Whole:
         """Raises `RequestError`."""
         instance = self._instance
         prompt = instance.text.prompt(ask)
-        seed = ask.seed if ask.seed is not None else secrets.randbits(62)
         reply = Reply(instance.text.bytes, ask)
         sequence = Sequence(
             prompt,
-            dataclasses.replace(ask.sampling, seed=seed),
+            ask.seeded(),
             instance.text.limit(ask, len(prompt)),
             reply.on_token,
         )

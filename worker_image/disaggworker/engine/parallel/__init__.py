@@ -16,7 +16,8 @@ With one stage a step is over when `begin` returns. With more it is on its way: 
 the range of layers, the range of KV heads, and the `Pool` that has them. What an `Attendant` does with it is not known here;
 worker/ranks.py has the one that serves and pulls it.
 
-* `follow(…, attend)` calls `attend(part, say)` on every rank but 0 once it can compute. On rank 0 the part is `Lead.part`.
+* `follow(…, attend)` calls `attend(part, say)` on every rank but 0 once it can compute. On rank 0 the part
+  is `Part.of` its runner's model and pool.
 * `Ranks.tell(note)` on rank 0 sends bytes to every other rank's `Attendant.hear`, in the rank's one thread, in order with
   the steps before and after: what was told before a step has been heard when the step begins, and the step told before is
   over (on a GPU: queued) when a note is heard. So "compute, then hold these blocks" and "drop them, then write" are safe.

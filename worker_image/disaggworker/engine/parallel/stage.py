@@ -11,7 +11,6 @@ from torch import Tensor
 
 from disaggworker.config import Config
 from disaggworker.engine.parallel.group import Group, open_store
-from disaggworker.engine.parallel.part import Part
 from disaggworker.engine.parallel.ranks import Meet, Ranks, Run, Serve
 from disaggworker.engine.runner import Computed, Pending, Runner
 from disaggworker.engine.step import Step
@@ -95,7 +94,7 @@ class Lead(Runner):
 
     def __init__(self, model: Model, pool: Pool, group: Group, ranks: Ranks) -> None:
         super().__init__(model, pool)
-        self.part, self.stages = Part.of(model, pool), model.share.pp
+        self.stages = model.share.pp
         self._stage, self._group, self._ranks = Stage(self, group), group, ranks
         self._begun: queue.SimpleQueue[tuple[int, _Awaited]] = queue.SimpleQueue()
         if self.stages > 1:
