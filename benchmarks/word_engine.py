@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,48 +26,20 @@ import zmq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.word_paced import SEED, Row, served, verdict
-from disaggserve import catalogue, latency, simulate
-from disaggserve.latency import fitting, measurements
-from disaggserve.workload import Lengths, Workload, read_trace
+from benchmarks.word import Row, compared, drawn, fitted, profiled, verdict
+from benchmarks.word_paced import SEED, served
+from disaggserve import catalogue, simulate
+from disaggserve.workload import Lengths
 from disaggworker.kv.pool import blocks_in_memory
-from e2e import load
 from e2e.dataplane import DataPlane, fork_server
 from e2e.nodes.tiny import make_tiny
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL = "llama-100m"
 HEAD_DIM = 64
 GRID = ["--batches", "1,2,4,8,16", "--prompts", "64,128,256,512", "--contexts", "64,256,512", "--repeat", "3"]
 BATCH_TOKENS = 512  # of a worker that is not paced
 CONTEXT = 1024
-# Bounds every measured step from below, and no CPU comes near: a profile is of a model and a GPU of the catalogue.
-GPU = catalogue.gpu("NVIDIA-A100-SXM4-80GB")
 BOUND = 0.05
-
-
-def profiled(weights: Path, csv: Path) -> tuple[measurements.Row, ...]:
-    """Measures twice at once; the rows of one."""
-    command = [
-        sys.executable,
-        "-m",
-        "disaggworker",
-        "profile",
-        "--model",
-        MODEL,
-        "--weights",
-        str(weights),
-        *GRID,
-    ]
-    path = os.pathsep.join(str(ROOT / part) for part in ("operator", "worker_image"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    beside = subprocess.Popen([*command, "-o", os.devnull], env=environment, stdout=subprocess.DEVNULL)
-    try:
-        subprocess.run([*command, "-o", str(csv)], check=True, env=environment, stdout=sys.stderr)
-    finally:
-        beside.terminate()
-        beside.wait()
-    return measurements.read(csv.read_text(), csv.name)
 
 
 def loopback_bytes_s(size: int) -> float:
@@ -87,27 +57,15 @@ def loopback_bytes_s(size: int) -> float:
     return size / statistics.median(taken)
 
 
-def fitted(folder: Path, weights: Path, model: catalogue.Model) -> latency.StepTimes:
-    """Step times of this engine here, from its own profile; says how far the fit is off."""
-    rows = profiled(weights, folder / "measurements.csv")
-    document = fitting.fit(rows, "fitted to this machine", None, None, "torch")
-    profile = latency.Profile.of(document.model_dump(mode="json", exclude_none=True), MODEL)
-    profile.dump(folder / "profile.json")
-    (fit,) = document.fits
-    for phase, evidence in (("prefill", fit.prefill.evidence), ("decode", fit.decode.evidence)):
-        off = evidence.residuals
-        print(
-            f"{phase}: {evidence.rows} rows, form {evidence.form}, off by {off.median:.1%} (median), "
-            f"{off.p90:.1%} (p90), {off.max:.1%} (most)"
-        )
-    return latency.step_times(model, GPU, 1, 1, profile)
-
-
 async def measure(shares: Sequence[float], count: int, hidden: int, layers: int, folder: Path) -> list[Row]:
     heads = hidden // HEAD_DIM
     weights = make_tiny(MODEL, folder / "model", hidden=hidden, layers=layers, heads=heads)
     model = catalogue.model_from_config(MODEL, json.loads((weights / "config.json").read_text()))
-    times = await asyncio.to_thread(fitted, folder, weights, model)
+    profile = ["--model", MODEL, "--weights", str(weights), *GRID]
+    measured = await asyncio.to_thread(
+        profiled, profile, profile, folder / "measurements.csv", {"OMP_NUM_THREADS": "1"}
+    )
+    times = fitted(measured, "torch", model, folder)
     blocks = blocks_in_memory(
         model.layers, model.kv_heads, model.head_dim, torch.float32, torch.device("cpu")
     )
@@ -148,25 +106,11 @@ async def measure(shares: Sequence[float], count: int, hidden: int, layers: int,
         await served(plane, router.url, warm, SEED, promise.ttft_s, promise.tpot_s)
         for number, share in enumerate(shares, 1):
             rate = share / one_s
-            drawn = Workload(rate, 1.0, lengths).requests(1.2 * count / rate + 10 * one_s, SEED)
-            requests = [
-                (int(at) / 1e9, int(i), int(o))
-                for at, i, o in zip(drawn.arrival_ns, drawn.input, drawn.output, strict=True)
-            ][:count]
-            results, summary, _ = await served(
+            requests = drawn(rate, count, lengths, 10 * one_s, SEED)
+            results, *_ = await served(
                 plane, router.url, requests, SEED + number, promise.ttft_s, promise.tpot_s
             )
-            trace = folder / f"sent-{share:g}.csv"
-            load.write_csv(results, trace)
-            sent = read_trace(trace)
-            found = simulate.judge(sent, simulate.run(deployment, sent), promise)
-            said = {
-                "attainment": found.attainment,
-                "ttft": dict(zip(("p50", "p90", "p99"), found.ttft, strict=True)),
-                "tpot": dict(zip(("p50", "p90", "p99"), found.tpot, strict=True)),
-            }
-            rows.append(Row(rate, len(results), summary, said, None))
-            print(f"{share:.0%} of prefill: {rows[-1].difference * 100:+.1f} points", file=sys.stderr)
+            rows.append(compared(share, rate, results, deployment, promise, folder))
     return rows
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import json
 import subprocess
 import sys
@@ -22,8 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.word import Row, drawn, verdict
 from disaggserve import metric_names as names
-from disaggserve.workload import Workload, preset
+from disaggserve.workload import preset
 from e2e import load
 from e2e.dataplane import DataPlane, fork_server
 from e2e.nodes.tiny import make_tiny
@@ -33,62 +33,7 @@ SHAPE = "prefill=2xtp1,decode=1xtp2"
 TTFT_S, TPOT_S = 0.25, 0.1
 SEED = 7
 VOCAB = 256  # of the tiny model's tokens
-BOUND, LATE_BOUND = 0.02, 0.01
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One rate. `served` and `simulated` have attainment, attainmentLow, attainmentHigh, ttft and tpot {p50, p90}, seconds."""
-
-    rate: float  # req/s
-    requests: int
-    served: dict[str, Any]
-    simulated: dict[str, Any]
-    late: float | None  # share of steps; None: not paced
-
-    @property
-    def difference(self) -> float:
-        """Served less simulated attainment."""
-        return float(self.served["attainment"] - self.simulated["attainment"])
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Markdown, for the page of benchmarks."""
-    lines = [
-        "| req/s | requests | served, % (95 % interval) | simulated, % | difference, points | late steps | "
-        "TTFT p50, p90, ms: served / simulated | TPOT p50, p90, ms: served / simulated |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        served, simulated = row.served, row.simulated
-        times = " | ".join(
-            " / ".join(
-                f"{1e3 * said[what]['p50']:.0f}, {1e3 * said[what]['p90']:.0f}"
-                for said in (served, simulated)
-            )
-            for what in ("ttft", "tpot")
-        )
-        lines.append(
-            f"| {row.rate:.2f} | {row.requests} | {100 * served['attainment']:.1f} "
-            f"({100 * served['attainmentLow']:.1f} to {100 * served['attainmentHigh']:.1f}) | "
-            f"{100 * simulated['attainment']:.1f} | {100 * row.difference:+.1f} | "
-            f"{'–' if row.late is None else f'{row.late:.2%}'} | {times} |"
-        )
-    return "\n".join(lines)
-
-
-def verdict(rows: Sequence[Row], bound: float) -> int:
-    """Prints the table and whether it holds; the exit code."""
-    print(table(rows))
-    print(
-        f"largest difference {max(abs(row.difference) for row in rows) * 100:.1f} points, bound {bound * 100:g}"
-    )
-    if late := [row.rate for row in rows if row.late is not None and row.late >= LATE_BOUND]:
-        print(
-            f"not valid at {late} req/s: {LATE_BOUND:.0%} of the steps and more were late; it wants a quieter machine"
-        )
-        return 1
-    return int(any(abs(row.difference) > bound for row in rows))
+BOUND = 0.02
 
 
 async def served(
@@ -140,11 +85,7 @@ async def measure(rates: Sequence[float], count: int, folder: Path) -> list[Row]
         router = await plane.router("--max-queued", str(count))
         await plane.until_sees(router)
         for number, rate in enumerate(rates, 1):
-            drawn = Workload(rate, 1.0, lengths).requests(1.2 * count / rate + 10, SEED)
-            requests = [
-                (int(at) / 1e9, int(i), int(o))
-                for at, i, o in zip(drawn.arrival_ns, drawn.input, drawn.output, strict=True)
-            ][:count]
+            requests = drawn(rate, count, lengths, 10, SEED)
             results, summary, late = await served(plane, router.url, requests, SEED + number, TTFT_S, TPOT_S)
             trace = folder / f"sent-{rate:g}.csv"
             load.write_csv(results, trace)

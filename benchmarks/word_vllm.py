@@ -32,10 +32,9 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.word_paced import Row, verdict
-from disaggserve import catalogue, latency, simulate
-from disaggserve.latency import fitting, measurements
-from disaggserve.workload import Lengths, Workload, read_trace
+from benchmarks.word import Row, compared, drawn, fitted, profiled, verdict
+from disaggserve import catalogue, simulate
+from disaggserve.workload import Lengths
 from disaggworker.router.app import serving
 from disaggworker.router.config import Config
 from disaggworker.router.fleet import Seen
@@ -43,7 +42,6 @@ from e2e import load
 from e2e.nodes.tiny import make_tiny
 from e2e.vllm import environment
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL = "llama-100m"
 SHAPE = {"hidden": 768, "layers": 14, "heads": 12}
 HOSTS = {"prefill": "127.0.91.1", "decode": "127.0.91.2"}
@@ -63,8 +61,6 @@ GRID = [
 START_S = 600.0
 SEED = 0
 BOUND = 0.05
-# Bounds every measured step from below, and no CPU comes near: a profile is of a model and a GPU of the catalogue.
-GPU = catalogue.gpu("NVIDIA-A100-SXM4-80GB")
 
 
 @contextlib.contextmanager
@@ -144,23 +140,9 @@ def _route(pipe: Connection) -> None:
     uvloop.run(serve())
 
 
-def profiled(csv: Path) -> tuple[measurements.Row, ...]:
-    """Measures both at once; the rows of one."""
-    path = os.pathsep.join(str(ROOT / part) for part in ("operator", "worker_image"))
-    environ = os.environ | {"PYTHONPATH": path}
-
-    def command(role: str, output: str | Path) -> list[str]:
-        url = f"http://{HOSTS[role]}:{PORT}/v1"
-        profile = [sys.executable, "-m", "disaggworker", "profile", "--model", MODEL, "--url", url, *GRID]
-        return [*profile, "-o", str(output)]
-
-    beside = subprocess.Popen(command("decode", os.devnull), env=environ, stdout=subprocess.DEVNULL)
-    try:
-        subprocess.run(command("prefill", csv), check=True, env=environ, stdout=sys.stderr)
-    finally:
-        beside.terminate()
-        beside.wait()
-    return measurements.read(csv.read_text(), csv.name)
+def asked(role: str) -> list[str]:
+    """The profile of that server."""
+    return ["--model", MODEL, "--url", f"http://{HOSTS[role]}:{PORT}/v1", *GRID]
 
 
 def link_bytes_s(url: str) -> float:
@@ -189,18 +171,8 @@ def _moved() -> tuple[float, float]:
 
 def measure(weights: Path, folder: Path, url: str, count: int, shares: Sequence[float]) -> list[Row]:
     model = catalogue.model_from_config(MODEL, json.loads((weights / "config.json").read_text()))
-    rows = profiled(folder / "measurements.csv")
-    document = fitting.fit(rows, "fitted to this machine", None, None, "vllm")
-    profile = latency.Profile.of(document.model_dump(mode="json", exclude_none=True), MODEL)
-    profile.dump(folder / "profile.json")
-    (fit,) = document.fits
-    for phase, evidence in (("prefill", fit.prefill.evidence), ("decode", fit.decode.evidence)):
-        off = evidence.residuals
-        print(
-            f"{phase}: {evidence.rows} rows, form {evidence.form}, off by {off.median:.1%} (median), "
-            f"{off.p90:.1%} (p90), {off.max:.1%} (most)"
-        )
-    times = latency.step_times(model, GPU, 1, 1, profile)
+    rows = profiled(asked("prefill"), asked("decode"), folder / "measurements.csv", {})
+    times = fitted(rows, "vllm", model, folder)
     kv_bytes = model.kv_bytes_per_token()
     link = link_bytes_s(url)
     pool = simulate.Pool(1, times, KV_BYTES // (16 * kv_bytes), BATCH_TOKENS, batch_requests=BATCH_REQUESTS)
@@ -219,24 +191,9 @@ def measure(weights: Path, folder: Path, url: str, count: int, shares: Sequence[
     out = []
     for share in shares:
         rate = share / one_s
-        drawn = Workload(rate, 1.0, lengths).requests(1.2 * count / rate + 10 * one_s, SEED)
-        asked = [
-            (int(at) / 1e9, int(i), int(o))
-            for at, i, o in zip(drawn.arrival_ns, drawn.input, drawn.output, strict=True)
-        ][:count]
-        results = asyncio.run(load.run_load(url, MODEL, asked, vocab=VOCABULARY, seed=SEED))
-        summary = load.summary(results, promise.ttft_s, promise.tpot_s)
-        trace = folder / f"sent-{share:g}.csv"
-        load.write_csv(results, trace)
-        sent = read_trace(trace)
-        found = simulate.judge(sent, simulate.run(deployment, sent), promise)
-        said = {
-            "attainment": found.attainment,
-            "ttft": dict(zip(("p50", "p90", "p99"), found.ttft, strict=True)),
-            "tpot": dict(zip(("p50", "p90", "p99"), found.tpot, strict=True)),
-        }
-        out.append(Row(rate, len(results), summary, said, None))
-        print(f"{share:.0%} of prefill: {out[-1].difference * 100:+.1f} points", file=sys.stderr)
+        requests = drawn(rate, count, lengths, 10 * one_s, SEED)
+        results = asyncio.run(load.run_load(url, MODEL, requests, vocab=VOCABULARY, seed=SEED))
+        out.append(compared(share, rate, results, deployment, promise, folder))
     return out
 
 

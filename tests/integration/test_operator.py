@@ -270,22 +270,44 @@ def test_deleted_in_mid_rollout_leaves_nothing(bench: Any) -> None:
 @pytest.mark.timeout(240)
 def test_killed_before_every_write_the_end_is_the_same(bench: Any) -> None:
     async def test(b: Bench) -> None:
-        await b.apply(CHAT)
-        undisturbed = b.operator()
-        await b.settle(undisturbed)
-        wanted, writes = await fingerprint(b), undisturbed.writes
-        await _clean(b)
-        assert writes >= 8
-        for n in range(writes):
-            await b.apply(CHAT)
-            doomed = b.operator(dies_before_write=n)
-            with pytest.raises(Killed):
-                await b.settle(doomed)
-            await b.settle(b.operator())
-            assert await fingerprint(b) == wanted, f"killed before write {n}"
-            await _clean(b)
+        await _killed_before_every_write(b, lambda: b.apply(CHAT), b.settle, at_least=8)
 
     bench(test)
+
+
+def _second_revision(b: Bench) -> Callable[[Any], Awaitable[None]]:
+    """Until an operator has carried out the second plan."""
+
+    async def changed(operator: Any) -> None:
+        await b.settle(operator, until=lambda r: carried_out(r) and r["status"]["plan"]["revision"] == 2)
+
+    return changed
+
+
+async def _killed_before_every_write(
+    b: Bench,
+    begin: Callable[[], Awaitable[Any]],
+    carry_out: Callable[[Any], Awaitable[Any]],
+    *,
+    at_least: int,
+    check: Callable[[Any], Awaitable[None]] | None = None,
+) -> None:
+    """Whichever write an operator dies before, another ends as one that was left alone. `check`: of what `begin` gave."""
+    await begin()
+    undisturbed = b.operator()
+    await carry_out(undisturbed)
+    wanted, writes = await fingerprint(b), undisturbed.writes
+    await _clean(b)
+    assert writes >= at_least
+    for n in range(writes):
+        begun = await begin()
+        with pytest.raises(Killed):
+            await carry_out(b.operator(dies_before_write=n))
+        await carry_out(b.operator())
+        assert await fingerprint(b) == wanted, f"killed before write {n}"
+        if check:
+            await check(begun)
+        await _clean(b)
 
 
 @pytest.mark.timeout(240)
@@ -297,27 +319,12 @@ def test_killed_before_every_write_of_a_change_the_end_is_the_same(bench: Any) -
         first = by_hand(1, 2, rollout=rollout)
         second = by_hand(1, 1, rollout=rollout, engine={"type": "torch", "args": ["--kv-blocks=64"]})
 
-        async def changed(operator: Any) -> None:
-            await b.settle(operator, until=lambda r: carried_out(r) and r["status"]["plan"]["revision"] == 2)
-
         async def begin() -> None:
             await b.apply(first)
             await b.settle(b.operator())
             await b.apply(second)
 
-        await begin()
-        undisturbed = b.operator()
-        await changed(undisturbed)
-        wanted, writes = await fingerprint(b), undisturbed.writes
-        await _clean(b)
-        assert writes >= 10
-        for n in range(writes):
-            await begin()
-            with pytest.raises(Killed):
-                await changed(b.operator(dies_before_write=n))
-            await changed(b.operator())
-            assert await fingerprint(b) == wanted, f"killed before write {n}"
-            await _clean(b)
+        await _killed_before_every_write(b, begin, _second_revision(b), at_least=10)
 
     bench(test)
 
@@ -329,9 +336,6 @@ def test_killed_before_every_write_of_a_role_change_the_end_is_the_same(bench: A
     async def test(b: Bench) -> None:
         doors = b.open_doors()
 
-        async def changed(operator: Any) -> None:
-            await b.settle(operator, until=lambda r: carried_out(r) and r["status"]["plan"]["revision"] == 2)
-
         async def begin() -> set[str]:
             doors.workers.clear()
             await b.apply(by_hand(2, 1))
@@ -339,25 +343,15 @@ def test_killed_before_every_write_of_a_role_change_the_end_is_the_same(bench: A
             await b.apply(by_hand(1, 2))
             return {p["metadata"]["uid"] for p in await b.workers()}
 
-        await begin()
-        undisturbed = b.operator()
-        await changed(undisturbed)
-        wanted, writes = await fingerprint(b), undisturbed.writes
-        await _clean(b)
-        assert writes >= 8
-        for n in range(writes):
-            pods = await begin()
-            with pytest.raises(Killed):
-                await changed(b.operator(dies_before_write=n))
-            await changed(b.operator())
-            assert await fingerprint(b) == wanted, f"killed before write {n}"
+        async def check(pods: set[str]) -> None:
             assert {p["metadata"]["uid"] for p in await b.workers()} == pods
             assert sorted((d.role, d.epoch) for d in doors.workers.values()) == [
                 ("decode", 0),
                 ("decode", 2),
                 ("prefill", 0),
             ]
-            await _clean(b)
+
+        await _killed_before_every_write(b, begin, _second_revision(b), at_least=8, check=check)
 
     bench(test)
 

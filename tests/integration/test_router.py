@@ -28,6 +28,7 @@ from disaggworker.router.app import Router, serving
 from disaggworker.router.config import Config
 from disaggworker.router.fleet import Role, Seen
 from e2e import load
+from tests.wires import listening
 
 Json = dict[str, Any]
 
@@ -103,14 +104,8 @@ class Fake:
         app.router.add_post("/release", self._release)
         if self.book:
             app.router.add_get("/load", self.book.stream)
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        try:
+        async with listening(app) as self.url:
             yield self
-        finally:
-            await runner.cleanup()
 
     async def _handle(self, http: web.Request) -> web.StreamResponse:
         body = await http.json()
@@ -1011,13 +1006,8 @@ class ApiServer:
     async def up(self) -> AsyncIterator[str]:
         app = web.Application()
         app.router.add_get("/api/v1/namespaces/ns/pods", self._pods)
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        try:
-            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-        finally:
-            await runner.cleanup()
+        async with listening(app) as url:
+            yield url
 
     async def _pods(self, http: web.Request) -> web.StreamResponse:
         assert http.query["labelSelector"].startswith("disaggserve.dev/resource=chat,")

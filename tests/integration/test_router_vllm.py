@@ -17,6 +17,7 @@ from disaggworker.router import vllm
 from disaggworker.router.app import Router, serving
 from disaggworker.router.config import Config
 from disaggworker.router.fleet import Role, Seen
+from tests.wires import listening
 
 Json = dict[str, Any]
 PATIENCE_S = 20.0
@@ -64,14 +65,8 @@ class Fake:
         app = web.Application()
         app.router.add_post("/v1/completions", self._handle)
         app.router.add_post("/v1/chat/completions", self._handle)
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        try:
+        async with listening(app) as self.url:
             yield self
-        finally:
-            await runner.cleanup()
 
     async def _handle(self, http: web.Request) -> web.StreamResponse:
         body = await http.json()

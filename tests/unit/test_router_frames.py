@@ -11,20 +11,13 @@ from hypothesis import strategies as st
 
 from disaggworker.router import frames
 from disaggworker.router.frames import Frames
+from tests.wires import cut
 
 CHUNKS = st.lists(st.integers(1, 40), min_size=1)
 
 
 def token(text: str) -> bytes:
     return b"data: " + json.dumps({"choices": [{"text": text}]}, separators=(",", ":")).encode() + b"\n\n"
-
-
-def cut(whole: bytes, sizes: list[int]) -> list[bytes]:
-    out, at, k = [], 0, 0
-    while at < len(whole):
-        out.append(whole[at : at + sizes[k % len(sizes)]])
-        at, k = at + sizes[k % len(sizes)], k + 1
-    return out
 
 
 @given(st.lists(st.text(max_size=30), max_size=12), CHUNKS, st.booleans(), st.booleans())

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disaggworker.router.upstream import Broken, Unreachable, Upstreams, _Connection
+from tests.wires import cut
 
 SIZES = st.lists(st.integers(1, 30), min_size=1)
 BODIES = st.lists(st.binary(max_size=50), max_size=6)
@@ -46,14 +47,6 @@ def connection() -> tuple[_Connection, Transport, list[_Connection]]:
     made, transport = _Connection(idle), Transport()
     made.connection_made(transport)  # type: ignore[arg-type]
     return made, transport, idle
-
-
-def cut(whole: bytes, sizes: list[int]) -> list[bytes]:
-    out, at, k = [], 0, 0
-    while at < len(whole):
-        out.append(whole[at : at + sizes[k % len(sizes)]])
-        at, k = at + sizes[k % len(sizes)], k + 1
-    return out
 
 
 def read(whole: bytes, sizes: list[int], *, closes: bool = False) -> tuple[bytes, bool]:
