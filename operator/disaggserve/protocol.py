@@ -65,6 +65,12 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True):
         return self.prompt_tokens + len(self.answered)
 
 
+class Given(msgspec.Struct, frozen=True, kw_only=True):
+    """A hand-off that is given back unpulled: all of `Handoff`, or the name alone that it was asked for under, where no answer came."""
+
+    handoff: str
+
+
 class Resume(msgspec.Struct, frozen=True, kw_only=True):
     """`resume` in `kv_transfer_params` of a question to a prefill worker: the answer was begun elsewhere and goes on."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import replace
 from typing import Any
@@ -316,6 +317,52 @@ def test_a_client_that_goes_leaves_no_kv(run: Run, stage: str) -> None:
             made.fleet.check_integrity()
             for host in (PREFILL, DECODE):
                 await free(workers, host)  # long before any lease ends
+
+    run(test)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_answer_that_is_never_read_leaves_no_kv(run: Run, broken: bool) -> None:
+    """Prefill has answered, and holds KV whose name is still on its way when the client, or the connection, goes."""
+
+    async def test(workers: Pair) -> None:
+        answered = asyncio.Event()
+
+        async def carry(router: asyncio.StreamReader, to_router: asyncio.StreamWriter) -> None:
+            worker, to_worker = await asyncio.open_connection(PREFILL, PORT)
+            while data := await router.read(65536):
+                to_worker.write(data)
+                if data.startswith(b"POST /v1") and not answered.is_set():
+                    await worker.readuntil(b"\r\n\r\n")
+                    answered.set()
+                    if broken:
+                        break
+                    await router.read()  # until the router goes
+                elif data.startswith(b"POST"):
+                    head = await worker.readuntil(b"\r\n\r\n")
+                    [length] = re.findall(rb"Content-Length: (\d+)", head)
+                    to_router.write(head + await worker.readexactly(int(length)))
+            for writer in (to_router, to_worker):
+                writer.close()
+
+        async with await asyncio.start_server(carry, "127.0.0.1", 0) as server:
+            between = replace(SEEN[0], url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            async with router(between, SEEN[1]) as (made, base):
+
+                async def ask() -> int:
+                    async with workers.session.post(base + "/v1/completions", json=PLAIN) as answer:
+                        return answer.status
+
+                asked = asyncio.create_task(ask())
+                await answered.wait()
+                if broken:
+                    assert await asked == 200
+                else:
+                    asked.cancel()
+                    await asyncio.wait([asked])
+                await until(lambda: not made.proxy.active, "no request in flight")
+                for host in (PREFILL, DECODE):
+                    await free(workers, host)
 
     run(test)
 

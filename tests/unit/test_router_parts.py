@@ -93,9 +93,10 @@ def test_bodies() -> None:
         kv_transfer_params={"e": 1},
         odd=1.5,
     )
-    first, rest = json.loads(r.for_prefill()), json.loads(r.for_decode({"at": "p"}))
+    first, rest = json.loads(r.for_prefill("h")), json.loads(r.for_decode({"at": "p"}))
     assert "stream_options" not in first
     assert first["kv_transfer_params"]["max_tokens"] == 9
+    assert first["kv_transfer_params"]["handoff"] == "h"
     assert (first["stream"], first["max_tokens"], first["odd"]) == (False, 1, 1.5)
     assert rest == {
         "model": "m", "prompt": "a", "max_tokens": 9, "stop": "x", "stream": True,
@@ -115,14 +116,14 @@ def test_bodies() -> None:
 )
 def test_prefill_is_told_the_clients_limit(chat: bool, body: dict[str, Any], limit: int | None) -> None:
     messages = {"messages": [{"role": "user", "content": "a"}]} if chat else {}
-    sent = json.loads(request(chat, **messages, **body).for_prefill())
+    sent = json.loads(request(chat, **messages, **body).for_prefill("h"))
     assert sent["kv_transfer_params"]["max_tokens"] == limit
     assert sent["max_completion_tokens" if chat else "max_tokens"] == 1
 
 
 def test_an_answer_that_goes_on_says_where() -> None:
     r = request(prompt="a", max_tokens=9, seed=3)
-    resume = json.loads(r.for_prefill(Resume(answered=[4, 5], seed=6)))["kv_transfer_params"]["resume"]
+    resume = json.loads(r.for_prefill("h", Resume(answered=[4, 5], seed=6)))["kv_transfer_params"]["resume"]
     assert resume == {"answered": [4, 5], "seed": 6}
     assert json.loads(r.for_decode({}, token_ids=True))["return_token_ids"] is True
 

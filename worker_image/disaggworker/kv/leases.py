@@ -39,6 +39,9 @@ class Leases:
     def __len__(self) -> int:
         return len(self._held)
 
+    def __contains__(self, handoff: object) -> bool:
+        return handoff in self._held
+
     @property
     def blocks(self) -> int:
         """Blocks that they hold."""

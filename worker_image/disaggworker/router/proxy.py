@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import uuid
 from typing import Any
 
 import aiohttp
@@ -278,7 +279,8 @@ class Exchange:
                 hold.answered()
                 self._take(instance, answer)
                 return await self._decode_vllm(hold, answer["kv_transfer_params"])
-            answer = await self._prefill(instance, request.for_prefill(resume))
+            named = {"handoff": uuid.uuid4().hex}
+            answer = await self._prefill(instance, request.for_prefill(named["handoff"], resume), named)
             hold.answered()
             params = answer["kv_transfer_params"]
             self._take(instance, answer, resumed=resume is not None)
@@ -295,12 +297,18 @@ class Exchange:
                 self._proxy.release(instance, params)
             hold.end()
 
-    async def _prefill(self, instance: Instance, asked: bytes) -> dict[str, Any]:
+    async def _prefill(
+        self, instance: Instance, asked: bytes, named: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Its answer. `named`: what is given back where that is not read, though it may have been on its way."""
         try:
             with contextlib.closing(await self._post(instance, asked)) as reply:
                 body = await reply.read()
-        except UpstreamError as error:
-            raise Lost(instance, f"{instance} failed: {error}") from error
+        except (UpstreamError, asyncio.CancelledError) as error:
+            self._proxy.release(instance, named or {})
+            if isinstance(error, UpstreamError):
+                raise Lost(instance, f"{instance} failed: {error}") from error
+            raise
         self._judge(instance, reply.status, body)
         try:
             answer = msgspec.json.decode(body)

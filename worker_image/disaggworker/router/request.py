@@ -62,15 +62,16 @@ class Request:
         self.input_tokens, self.prefix = _messages(body) if chat else _prompt(body)
         self.uncached_tokens = self.input_tokens  # on the prefill instance that is chosen
 
-    def for_prefill(self, resume: Resume | None = None) -> bytes:
-        """The same prompt for one token, its KV kept. The client's own limits ride in the params: prefill must know
-        whether the answer ends at its first token. `resume`: for the token after those that the client has."""
+    def for_prefill(self, handoff: str, resume: Resume | None = None) -> bytes:
+        """The same prompt for one token, its KV kept under the name `handoff`. The client's own limits ride in the params: prefill
+        must know whether the answer ends at its first token. `resume`: for the token after those that the client has."""
         body = dict(self.body)
         limit = body.pop("max_tokens", None)
         if self.chat:
             limit = body.pop("max_completion_tokens", None) or limit
         # Null where the client set no limit: the body's own limit of one is none of the client's.
         params: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False, "max_tokens": limit}
+        params["handoff"] = handoff
         for field in ("min_tokens", "stop"):
             if body.get(field) is not None:
                 params[field] = body[field]

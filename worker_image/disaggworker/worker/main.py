@@ -22,7 +22,7 @@ import uvloop
 from aiohttp import web
 
 from disaggserve import metric_names as names
-from disaggserve.protocol import Handoff
+from disaggserve.protocol import Given
 from disaggworker import config as configuration
 from disaggworker import openai
 from disaggworker.config import Config
@@ -310,10 +310,10 @@ class Worker:
     async def _release(self, request: web.Request) -> web.Response:
         """A router that will not have a hand-off pulled gives it back."""
         try:
-            handoff = msgspec.json.decode(await request.read(), type=Handoff)
+            given = msgspec.json.decode(await request.read(), type=Given)
         except msgspec.DecodeError as e:
             return web.Response(status=400, body=openai.error(f"This is no hand-off: {e}.", 400))
-        self._kv_server.drop(handoff.handoff)
+        self._kv_server.drop(given.handoff)
         return web.json_response({"status": "released"})
 
     async def _role(self, request: web.Request) -> web.Response:

@@ -20,6 +20,8 @@ from disaggworker.worker.instance import Instance
 from disaggworker.worker.ranks import Others
 from disaggworker.worker.text import shown
 
+_LONGEST_NAME = 64
+
 
 class Prefill:
     """Answers requests whose `kv_transfer_params` ask for a hand-off."""
@@ -27,13 +29,14 @@ class Prefill:
     def __init__(self, instance: Instance, server: KVServer, others: Others | None = None) -> None:
         """`others`: the ranks beside this one."""
         self._instance, self._server, self._others = instance, server, others
-        self._handoffs: dict[Sequence, tuple[str, int]] = {}
+        self._names: dict[Sequence, str] = {}  # of the hand-offs that are asked for
+        self._generations: dict[Sequence, int] = {}  # of the blocks of those that are held
         instance.engine.hold = self._hold
 
     def _hold(self, sequence: Sequence) -> None:
         """In the engine's thread: the prompt is computed, and its blocks wait for a pull."""
         assert sequence.kv
-        engine, others, handoff = self._instance.engine, self._others, uuid.uuid4().hex
+        engine, others, handoff = self._instance.engine, self._others, self._names[sequence]
 
         def end() -> None:
             if others:
@@ -42,7 +45,7 @@ class Prefill:
 
         if others:
             others.hold(handoff, sequence.kv.generation, sequence.kv.blocks)
-        self._handoffs[sequence] = handoff, sequence.kv.generation
+        self._generations[sequence] = sequence.kv.generation
         self._server.hold(
             handoff,
             sequence.kv.generation,
@@ -57,7 +60,7 @@ class Prefill:
         text = self._instance.text
         prompt = text.prompt(ask)
         limit = text.limit(ask, len(prompt))
-        resume = _resume(ask, limit, len(text.bytes))
+        name, resume = self._name(ask), _resume(ask, limit, len(text.bytes))
         answered = resume.answered if resume else []
         sampling = dataclasses.replace(ask.sampling, seed=resume.seed) if resume else ask.seeded()
         first: asyncio.Future[tuple[Token, str | None]] = self._instance.loop.create_future()
@@ -74,6 +77,7 @@ class Prefill:
             output=list(answered),
             hand_off=True,
         )
+        self._names[sequence] = name
         engine.submit(sequence)
         try:
             with self._instance.book.queued(request, sequence.length):
@@ -83,7 +87,7 @@ class Prefill:
             # The abort may have come after the prefill: then a lease has begun.
             engine.post(lambda: self._drop(sequence))
             raise
-        handoff, generation = self._handoffs.pop(sequence, ("", 0))
+        handoff, generation = self._held(sequence)
         piece = shown(TextStream(text.bytes, ask.stops, answered), token, finish)
         if piece.finish and handoff:
             self._server.drop(handoff)
@@ -122,8 +126,27 @@ class Prefill:
         )
         return web.Response(body=body, content_type="application/json")
 
+    def _name(self, ask: openai.Ask) -> str:
+        """What the hand-off is called: as the router says, who can then give back what it never heard of; by a name of our own
+        where it says none, or one that is taken. Raises `RequestError`."""
+        said = ask.params.get("handoff")
+        if said is None:
+            return uuid.uuid4().hex
+        if not isinstance(said, str) or not 0 < len(said) <= _LONGEST_NAME:
+            raise RequestError(
+                f"kv_transfer_params.handoff must be a name of 1 to {_LONGEST_NAME} characters.",
+                param="kv_transfer_params",
+            )
+        taken = said in self._names.values() or said in self._server.leases
+        return uuid.uuid4().hex if taken else said
+
+    def _held(self, sequence: Sequence) -> tuple[str, int]:
+        """Forget the sequence; name and generation of the hand-off that is held of it, if one is."""
+        name, generation = self._names.pop(sequence), self._generations.pop(sequence, None)
+        return ("", 0) if generation is None else (name, generation)
+
     def _drop(self, sequence: Sequence) -> None:
-        handoff, _ = self._handoffs.pop(sequence, ("", 0))
+        handoff, _ = self._held(sequence)
         if handoff:
             self._server.drop(handoff)
 
