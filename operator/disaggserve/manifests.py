@@ -1,7 +1,7 @@
 """Every Kubernetes object that a plan becomes, as plain JSON values; equal inputs give equal bytes.
 
-One instance, or one low-affinity pair, is one pod, pinned to its node and created once (pod specs are immutable). The router is a Deployment behind a
-Service; it and the rest are applied server-side with one field manager.
+One instance, or one low-affinity pair, is one pod, pinned to its node and created once (pod specs are immutable). The router is a
+Deployment behind a Service; it and the rest are applied server-side with one field manager.
 """
 
 from __future__ import annotations

@@ -204,9 +204,8 @@ class Fleet:
         if not found:
             return None
         if any(i.seen.pair for i in found):
-            found.sort(
-                key=lambda i: self._beside(i).all_kv_tokens if i.seen.pair else 0
-            )  # ties go to the first
+            # Ties go to the first.
+            found.sort(key=lambda i: self._beside(i).all_kv_tokens if i.seen.pair else 0)
         queued = [i.all_queued_tokens for i in found]
         if request is None:
             return found[choose_prefill(queued)]
