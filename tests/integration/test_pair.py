@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -28,7 +27,6 @@ from disaggworker.router import discovery
 from disaggworker.router.app import serving
 from disaggworker.router.config import Config
 from disaggworker.worker.pair import merged, read
-from e2e.dataplane import until
 from e2e.nodes.tiny import make_tiny
 from tests.contract.broken import GOOD
 from tests.integration.test_router import free_port
@@ -79,6 +77,14 @@ class Pod:
     def pulls(self) -> Json:
         found: Json = json.loads(self.get(DECODE_PORT, "/state")[1])["pulls"]
         return found
+
+    def kill_decode(self) -> None:
+        """The pair ends with it."""
+        path = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        children = Path(path).read_text().split()
+        assert len(children) == 2
+        os.kill(int(children[1]), signal.SIGKILL)
+        assert self.process.wait(DEADLINE_S) == 1
 
     def seen(self) -> tuple[discovery.Seen, ...]:
         return discovery.seen(self.object)
@@ -153,44 +159,28 @@ async def behind_a_router(one: Pod, other: Pod) -> None:
         assert await asyncio.gather(*(tokens(text, 20) for text in texts)) == answers
 
         # One ends in mid-answer, both its halves, and the answer goes on in the other as it would have gone.
-        long = await tokens("Long ago", 300)
+        long = await tokens("Long ago", 1000)
         router.update(one.seen())
         got: list[int] = []
-        async with session.post(url, json=body("Long ago", 300, stream=True)) as answer:
+        async with session.post(url, json=body("Long ago", 1000, stream=True)) as answer:
             async for line in answer.content:
                 if line.startswith(b"data: {"):
                     got += json.loads(line[6:])["choices"][0]["token_ids"]
                 if len(got) >= 20 and one.process.poll() is None:
                     router.update([*one.seen(), *other.seen()])
-                    one.process.kill()
-                    one.process.wait()
+                    await asyncio.to_thread(one.kill_decode)
         assert got == long
-        await until(lambda: one.get(PREFILL_PORT, "/health")[0] == 0, "the prefill has ended with its pair")
-        await until(lambda: one.get(DECODE_PORT, "/health")[0] == 0, "so has the decode")
+        assert router.proxy.metrics.continuations == 1
+        assert one.process.stderr is not None
+        said = one.process.stderr.read().decode()
+        assert "The decode worker of this pair ended with -9; the pair ends with it." in said
+        assert one.get(PREFILL_PORT, "/health")[0] == 0, "the other half has ended, too"
         router.update(other.seen())
         assert await asyncio.gather(*(tokens(text, 20) for text in texts)) == answers
         router.fleet.check_integrity()
         view = router.fleet.drain_view()
         assert set(view) == {other.host}
         assert (view[other.host]["in_flight"], view[other.host]["leased"]) == (0, 0)
-
-
-def test_a_pair_ends_with_either_of_its_two(tmp_path: Path) -> None:
-    pod = Pod(HOSTS[0], make_tiny(MODEL, tmp_path))
-    try:
-        pod.wait()
-        path = f"/proc/{pod.process.pid}/task/{pod.process.pid}/children"
-        children = Path(path).read_text().split()
-        assert len(children) == 2
-        os.kill(int(children[1]), signal.SIGKILL)
-        assert pod.process.wait(DEADLINE_S) == 1
-        assert pod.process.stderr
-        said = pod.process.stderr.read().decode()
-        assert "The decode worker of this pair ended with -9; the pair ends with it." in said
-        assert pod.get(PREFILL_PORT, "/health")[0] == 0, "the other one has ended, too"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            pod.process.kill()
 
 
 @pytest.mark.parametrize(
