@@ -35,6 +35,8 @@ class Image:
     """Program name → `module:function`, called in a child of the workers' fork server instead of an exec."""
     paced: frozenset[str] = frozenset()
     """First arguments (roles) that become paced workers: tiny weights, and a real GPU's time."""
+    exec: frozenset[str] = frozenset()
+    """First arguments that start programs of their own, and so are none of the fork server's."""
     idle: frozenset[str] = frozenset()
     """First arguments with nothing to do here: tiny weights are not fetched."""
     nice: int = 0
@@ -66,7 +68,8 @@ IMAGES: dict[str, Image] = {
         programs={"disaggworker": _WORKER},
         entrypoint=("disaggworker",),
         call={"disaggworker": "disaggworker.__main__:main"},
-        paced=frozenset({"prefill", "decode"}),
+        paced=frozenset({"prefill", "decode", "pair"}),
+        exec=frozenset({"pair"}),
         idle=frozenset({"fetch"}),
     ),
     # vLLM's own image: our worker behind its front, unless a test brings the real one (e2e/vllm).
@@ -135,7 +138,7 @@ def localise(image: Image, argv: Sequence[str], *, fork: bool = True) -> Command
         )
     if _role(argv) in image.idle:
         return Command((shutil.which("true") or "true",), None, image.nice, False)
-    call = image.call.get(name) if fork else None
+    call = image.call.get(name) if fork and _role(argv) not in image.exec else None
     if call is not None:
         return Command((name, *argv[1:]), call, image.nice, _role(argv) in image.paced)
     local = image.programs[name]
@@ -160,7 +163,7 @@ def model_of(argv: Sequence[str]) -> str:
 
 
 def paced(argv: Sequence[str], node: SimulatedNode, weights: Path) -> tuple[str, ...]:
-    """A worker's argument list with `--pace`, and tiny weights in the place of the real ones.
+    """A worker's argument list with `--pace`, and tiny weights in the place of the real ones; those of both of a pair.
 
     Raises Refused for a worker on a node without GPUs.
     """
@@ -173,7 +176,12 @@ def paced(argv: Sequence[str], node: SimulatedNode, weights: Path) -> tuple[str,
         "rdma": node.rdma,
         "model": model_of(argv),
     }
-    return (*_without(argv, "--weights"), "--weights", str(weights), "--pace", json.dumps(pace))
+    added = ("--weights", str(weights), "--pace", json.dumps(pace))
+    local = _without(argv, "--weights")
+    if "pair" not in local[:4]:
+        return (*local, *added)
+    decode = local.index("decode")
+    return (*local[:decode], *added, *local[decode:], *added)
 
 
 def _role(argv: Sequence[str]) -> str:

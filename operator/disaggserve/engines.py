@@ -176,10 +176,10 @@ def refuse_start(engine: Engine, paired: bool) -> str | None:
             f"This release plans for {engine.name} but starts only torch and vllm workers, which it is tested against; "
             "set engine.type to one of them."
         )
-    if paired:
+    if paired and engine is not TORCH:
         return (
-            "This release plans low-affinity pairs (prefill and decode in one container) but does not start "
-            "them; choose planner.algorithm HighAffinity."
+            f"This release starts low-affinity pairs (prefill and decode in one container) of torch only, not of {engine.name}; "
+            "set engine.type to torch, or choose planner.algorithm HighAffinity."
         )
     return None
 

@@ -1,7 +1,7 @@
 """Every Kubernetes object that a plan becomes, as plain JSON values; equal inputs give equal bytes.
 
-One instance is one pod, pinned to its node and created once (pod specs are immutable). The router is a Deployment behind a
-Service; it and the rest are applied server-side with one field manager.
+One instance, or one low-affinity pair, is one pod, pinned to its node and created once (pod specs are immutable). The router is a
+Deployment behind a Service; it and the rest are applied server-side with one field manager.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ SHAPE, SLOT, ATTEMPT, REVISION, TEMPLATE = (
 )
 CHUNK = LABEL + "chunk"  # of a mixed instance, where it cuts prompts
 DRAIN_SINCE = LABEL + "drain-since"
+TRANSPORT = LABEL + "kv-transport"  # annotation of a pair: how its KV goes, by its own word
 
 HTTP_PORT, KV_PORT = 8000, 5600
+# In a pair HTTP_PORT is the supervisor's, which answers for both; the router finds the two by the names of their ports.
+PREFILL_PORT, DECODE_PORT = 8001, 8002
 ROUTER_CLUSTER_ROLE = "disaggserve-router"
 WEIGHTS_PATH = "/models/weights"
 _USER = 2000  # the uid of upstream engine images; ours use the same
@@ -64,7 +67,7 @@ class Images:
 
 def pod_name(resource: str, slot: Slot, attempt: int) -> str:
     """The identity (resource, pairing key, shape, slot, attempt) as a name."""
-    return f"{resource}-{slot.pairing_key[:6]}-tp{slot.tp}pp{slot.pp}-{slot.slot}-{attempt}"
+    return f"{resource}-{slot.pairing_key[:6]}-{slot.shape}-{slot.slot}-{attempt}"
 
 
 def _labels(resource: str, component: str) -> dict[str, str]:
@@ -211,17 +214,41 @@ class _Served:
     labels: Mapping[str, str] = field(default_factory=dict)  # by the name of the variable that gives each
     drain: tuple[str, ...] = ()  # before SIGTERM; ends when nothing is in flight
     unready_after: int = 2  # looks, 2 s apart
+    ports: Mapping[str, int] = field(default_factory=lambda: {"http": HTTP_PORT, "kv": KV_PORT})
 
 
 def _torch(spec: Spec, slot: Slot, context_length: int) -> _Served:
-    command = ["disaggworker", slot.role, "--model", spec.model.id, "--weights", WEIGHTS_PATH]
-    command += ["--served-name", spec.model.name, "--tp", str(slot.tp), "--pp", str(slot.pp)]
-    command += ["--context-length", str(context_length), "--dtype", spec.model.dtype]
-    command += ["--pairing-key", slot.pairing_key, "--port", str(HTTP_PORT), "--kv-port", str(KV_PORT)]
+    if slot.role == "pair":
+        return _torch_pair(spec, slot, context_length)
+    command = ["disaggworker", slot.role, *_torch_flags(spec, slot, context_length), "--tp", str(slot.tp)]
+    command += ["--port", str(HTTP_PORT), "--kv-port", str(KV_PORT)]
     if slot.chunk is not None:
         command += ["--chunk", str(slot.chunk)]
     # The command says what the pod was made for; a container that starts again is what the pod has become.
-    return _Served(tuple(command), "/ready", labels={"WORKER_ROLE": ROLE, "WORKER_CHUNK": CHUNK})
+    labels = {"WORKER_ROLE": ROLE, "WORKER_CHUNK": CHUNK}
+    return _Served((*command, *spec.engine.args), "/ready", labels=labels)
+
+
+def _torch_pair(spec: Spec, slot: Slot, context_length: int) -> _Served:
+    """Both instances of a low-affinity pair under their supervisor: ready, drained and gone together."""
+    assert slot.decode_tp is not None
+    flags, gpus = _torch_flags(spec, slot, context_length), [str(n) for n in range(slot.gpus)]
+    of_prefill = slot.tp * slot.pp  # GPUs, and as many KV ports: one per rank
+    ports = {"http": HTTP_PORT, "prefill": PREFILL_PORT, "prefill-kv": KV_PORT}
+    ports |= {"decode": DECODE_PORT, "decode-kv": KV_PORT + of_prefill}
+    command = ["disaggworker", "pair", "--ready-port", str(HTTP_PORT)]
+    command += ["--prefill-gpus", ",".join(gpus[:of_prefill]), "--decode-gpus", ",".join(gpus[of_prefill:])]
+    for role, tp in (("prefill", slot.tp), ("decode", slot.decode_tp)):
+        command += [role, *flags, "--tp", str(tp), "--port", str(ports[role])]
+        command += ["--kv-port", str(ports[f"{role}-kv"]), *spec.engine.args]
+    return _Served(tuple(command), "/ready", ports=ports)
+
+
+def _torch_flags(spec: Spec, slot: Slot, context_length: int) -> list[str]:
+    """What both of a pair have alike, too."""
+    flags = ["--model", spec.model.id, "--weights", WEIGHTS_PATH, "--served-name", spec.model.name]
+    flags += ["--pp", str(slot.pp), "--context-length", str(context_length), "--dtype", spec.model.dtype]
+    return [*flags, "--pairing-key", slot.pairing_key]
 
 
 # vLLM goes on answering /health with 200 while it drains, and answers new requests with 500: so it is emptied before it is
@@ -275,13 +302,13 @@ def _vllm(spec: Spec, slot: Slot, context_length: int) -> _Served:
         "VLLM_NO_USAGE_STATS": "1",
     }
     drain = ("python3", "-c", _VLLM_DRAIN.strip().replace("PORT", str(HTTP_PORT)))
-    return _Served(tuple(command), "/health", engine.image, env, drain=drain)
+    return _Served((*command, *spec.engine.args), "/health", engine.image, env, drain=drain)
 
 
 def worker_pod(
     owner: Owner, spec: Spec, slot: Slot, attempt: int, revision: int, context_length: int, images: Images
 ) -> dict[str, Any]:
-    """The pod of one instance. Created, never applied: 409 means that it is there already."""
+    """The pod of one instance or pair. Created, never applied: 409 means that it is there already."""
     pod = spec.engine.pod
     served = (_vllm if spec.engine.type == "vllm" else _torch)(spec, slot, context_length)
     # Weights are fetched by our own worker: no other engine's image need know how.
@@ -293,7 +320,7 @@ def worker_pod(
         ROLE: slot.role,
         ENGINE: spec.engine.type,
         KEY: slot.pairing_key,
-        SHAPE: f"tp{slot.tp}pp{slot.pp}",
+        SHAPE: slot.shape,
         SLOT: str(slot.slot),
         ATTEMPT: str(attempt),
         TEMPLATE: slot.template,
@@ -310,9 +337,9 @@ def worker_pod(
     container = {
         "name": "worker",
         "image": spec.engine.image or served.image or images.worker,
-        "command": [*served.command, *spec.engine.args],
+        "command": list(served.command),
         "env": _env(pod, served.env, served.labels),
-        "ports": [{"name": "http", "containerPort": HTTP_PORT}, {"name": "kv", "containerPort": KV_PORT}],
+        "ports": [{"name": name, "containerPort": port} for name, port in served.ports.items()],
         "resources": _resources(pod, {GPU_RESOURCE: slot.gpus}, WORKER_MEMORY),
         "securityContext": _security(pod),
         "startupProbe": _probe(

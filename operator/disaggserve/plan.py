@@ -23,11 +23,11 @@ from disaggserve.api.plan import (
     ProfileName,
     RefusedNode,
     Rejected,
-    RoleName,
     RolePlan,
     Search,
     Setting,
     Slot,
+    SlotRole,
     WorkloadSummary,
     digest,
     words,
@@ -279,8 +279,7 @@ def draft(
     instead = inventory(spec, facts, frozenset(facts.own)) if facts.own else beside
     found: _Found | None = None
     for n, nodes in enumerate([beside, instead] if facts.own else [beside]):
-        standing = (search.Standing(s.role, s.tp, s.pp, s.node, _turns(engine, s)) for s in stays)
-        keep = tuple(standing) if nodes is beside else ()
+        keep = tuple(_standing(engine, s) for s in stays) if nodes is beside else ()
         try:
             found = (
                 _by_hand(spec, nodes, keep, workload, options)
@@ -294,7 +293,7 @@ def draft(
             break
     assert found is not None
     plan, groups, nodes = found
-    instances = slots(groups, key, made, previous, list(facts.own.values()), engine)
+    instances = slots(groups, key, made, previous, list(facts.own.values()), engine, paired=plan.paired)
     refused = tuple(RefusedNode(name=r.name, reason=r.reason) for r in beside.refused)
     plan = plan.model_copy(update={"refused_nodes": refused[:256], "emulated": nodes.simulated})
     plan = plan.model_copy(update={"digest": _digest(spec, workload, plan, options)})
@@ -522,6 +521,7 @@ def _take(
     """What is left when instances stand where the plan by hand says. Raises Infeasible where they cannot."""
     known = {n.name: n for n in nodes.nodes}
     why = {r.name: r.reason for r in nodes.refused}
+    keep = tuple(k for k in keep if not k.decode_tp)  # a pair is not taken apart
     standing = Counter(keep)
     turns = {(k.role, k.tp, k.pp): k.turns for k in keep}
     missing: list[tuple[search.Group, str, int]] = []
@@ -718,12 +718,37 @@ def _roles(groups: Sequence[search.Group]) -> tuple[RolePlan, ...]:
 
 
 def _turns(engine: engines.Engine, slot: Slot) -> frozenset[engines.Role]:
-    """Roles that a standing instance can take. Where its label is all that says its role, a mixed one's chunk would stay."""
+    """Roles that a standing instance can take. Where its label is all that says its role, a mixed one's chunk would stay.
+    The two of a pair stay what they are."""
+    if slot.role == "pair":
+        return frozenset()
     if engine.role_change == "door":
         return frozenset({"prefill", "decode", "mixed"})
     if engine.role_change == "label" and slot.role != "mixed":
         return frozenset({"prefill", "decode"})
     return frozenset()
+
+
+def _standing(engine: engines.Engine, slot: Slot) -> search.Standing:
+    role: engines.Role = "prefill" if slot.role == "pair" else slot.role
+    return search.Standing(role, slot.tp, slot.pp, slot.node, slot.decode_tp or 0, _turns(engine, slot))
+
+
+_Place = tuple[SlotRole, int, int, int, int, str]  # role, chunk, tp, pp, a pair's decode tp, node; 0: none
+
+
+def _places(groups: Sequence[search.Group], paired: bool) -> Counter[_Place]:
+    """How many pods are wanted where."""
+    places: Counter[_Place] = Counter()
+    if paired:
+        prefill, decode = groups  # alike in number and nodes (search.pack_pairs)
+        for node, count in prefill.nodes:
+            places["pair", 0, prefill.tp, prefill.pp, decode.tp, node] += count
+        return places
+    for g in groups:
+        for node, count in g.nodes:
+            places[g.role, g.chunk or 0, g.tp, g.pp, 0, node] += count
+    return places
 
 
 def slots(
@@ -733,16 +758,15 @@ def slots(
     previous: Sequence[Slot],
     standing: Sequence[Slot],
     engine: engines.Engine,
+    *,
+    paired: bool = False,
 ) -> tuple[Slot, ...]:
     """Gives every instance its slot: a number that says which pod it is, of those in its place and shape.
 
     First come instances that stand and have the role, or are on their way to it by the last plan; then, in any role, those
     that can take it; then those of the last plan that do not stand. What is left gets numbers that none of them has.
     """
-    wanted: Counter[tuple[RoleName, int, int, int, str]] = Counter()
-    for g in groups:
-        for node, count in g.nodes:
-            wanted[g.role, g.chunk or 0, g.tp, g.pp, node] += count
+    wanted = _places(groups, paired)
     fit = [[s for s in some if (s.pairing_key, s.template) == (key, made)] for some in (standing, previous)]
     stands, before = ({s.identity: s for s in some} for some in fit)
     both = [s for k, s in stands.items() if before.get(k) == s]
@@ -761,23 +785,24 @@ def slots(
     out: dict[Identity, Slot] = {}
     for some in (both, meant, rest, turned, before.values()):
         for s in sorted(some, key=lambda s: s.slot):
-            place = (s.role, s.chunk or 0, s.tp, s.pp, s.node)
+            place = (s.role, s.chunk or 0, s.tp, s.pp, s.decode_tp or 0, s.node)
             if wanted[place] > 0 and s.identity not in out:
                 wanted[place] -= 1
                 out[s.identity] = s
-    used = {(s.tp, s.pp, s.slot) for s in (*previous, *standing) if s.pairing_key == key}
-    for (role, chunk, tp, pp, node), count in sorted(wanted.items()):
+    used = {(s.tp, s.pp, s.decode_tp or 0, s.slot) for s in (*previous, *standing) if s.pairing_key == key}
+    for (role, chunk, tp, pp, decode_tp, node), count in sorted(wanted.items()):
         number = 0
         for _ in range(count):
-            while (tp, pp, number) in used:
+            while (tp, pp, decode_tp, number) in used:
                 number += 1
-            used.add((tp, pp, number))
+            used.add((tp, pp, decode_tp, number))
             new = Slot(
                 slot=number,
                 role=role,
                 chunk=chunk or None,
                 tp=tp,
                 pp=pp,
+                decode_tp=decode_tp or None,
                 node=node,
                 pairing_key=key,
                 template=made,

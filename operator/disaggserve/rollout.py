@@ -8,7 +8,7 @@ Rules, checked by property tests:
 * never more GPUs than the larger of both plans + `max_surge_gpus`, and none on a node that has none free;
 * an instance that both plans want is left alone, and one that they want in two roles is turned: drained, told its new role,
   admitted again, one at a time. Where it can be turned at all, nothing is created or deleted for it;
-* an instance that serves is drained only when the rest carries the traffic of all that it does (a mixed one does both);
+* an instance that serves is drained only when the rest carries the traffic of all that it does (a mixed one and a pair do both);
 * an instance is deleted or turned only when every router says that nothing is in flight or leased on it; after the drain
   timeout it is deleted, also where it should have been turned;
 * none is admitted that has not said that it has the role of its label;
@@ -22,14 +22,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from disaggserve.api.plan import Identity, RoleName, Slot
+from disaggserve.api.plan import Identity, Slot, SlotRole
 from disaggserve.engines import RoleChange
 
 Phase = Literal["prefill", "decode"]
-PHASES: Mapping[RoleName, tuple[Phase, ...]] = {
+PHASES: Mapping[SlotRole, tuple[Phase, ...]] = {
     "prefill": ("prefill",),
     "decode": ("decode",),
     "mixed": ("prefill", "decode"),
+    "pair": ("prefill", "decode"),
 }
 
 
@@ -68,7 +69,7 @@ class Instance:
     scheduled: bool = True
     unscheduled_reason: str = ""
     role_change: RoleChange | None = None
-    says: RoleName | None = None
+    says: SlotRole | None = None
 
     @property
     def alive(self) -> bool:
@@ -290,6 +291,10 @@ def _held(i: Instance) -> str:
     return f"{i.load.in_flight} requests in flight and {i.load.leased} KV hand-offs on {i.name}"
 
 
+def _what(slot: Slot) -> str:
+    return "pair" if slot.role == "pair" else f"{slot.role} instance"
+
+
 def _creations(
     observed: Sequence[Instance],
     current: Sequence[Slot],
@@ -310,13 +315,9 @@ def _creations(
     create, blocked = [], ""
     for *_, s in sorted(order, key=lambda entry: entry[:3]):
         if free.get(s.node, 0) < s.gpus:
-            blocked = (
-                blocked or f"{s.gpus - free.get(s.node, 0)} GPUs missing on {s.node} for a {s.role} instance"
-            )
+            blocked = blocked or f"{s.gpus - free.get(s.node, 0)} GPUs missing on {s.node} for a {_what(s)}"
         elif room < s.gpus:
-            blocked = (
-                blocked or f"maxSurgeGPUs leaves {max(0, room)} GPUs, a {s.role} instance needs {s.gpus}"
-            )
+            blocked = blocked or f"maxSurgeGPUs leaves {max(0, room)} GPUs, a {_what(s)} needs {s.gpus}"
         else:
             create.append(Create(s, latest.get(s.identity, 0)))
             free[s.node] -= s.gpus

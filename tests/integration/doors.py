@@ -22,8 +22,11 @@ class Door:
     epoch: int = 0
     held: int = 0
     turns: list[tuple[str, int]] = field(default_factory=list)
+    transport: str | None = None  # a pair's own word
 
     async def state(self, _: web.Request) -> web.Response:
+        if self.role == "pair":
+            return web.json_response({"status": "ready", "transport": self.transport})
         return web.json_response({"role": self.role, "epoch": self.epoch})
 
     async def take(self, request: web.Request) -> web.Response:

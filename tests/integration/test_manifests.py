@@ -16,7 +16,9 @@ from disaggserve import manifests, plan
 from disaggserve.api import manifest
 from disaggserve.api.plan import Slot
 from disaggserve.api.spec import Spec
+from disaggserve.cluster import observe
 from disaggserve.manifests import Images, Owner
+from disaggworker.worker import pair
 from e2e.controlplane import ControlPlane, ensure
 from tests.contract.broken import GOOD
 
@@ -63,6 +65,7 @@ VLLM = spec(
     },
     rollout={"drainTimeout": "5m"},
 )
+PAIR = {"role": "pair", "tp": 2, "decode_tp": 1}
 VLLM_AS_RESTRICTED = spec(engine={"type": "vllm"})  # without RDMA, which needs IPC_LOCK
 
 
@@ -74,9 +77,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
         yield plane
 
 
-@pytest.mark.parametrize("of", [spec(), RICH, VLLM_AS_RESTRICTED], ids=["plain", "rich", "vllm"])
-def test_everything_is_accepted_under_restricted(cluster: ControlPlane, of: Spec) -> None:
-    pod = manifests.worker_pod(OWNER, of, slot(of), 0, 1, 2048, IMAGES)
+@pytest.mark.parametrize(
+    ("of", "more"),
+    [(spec(), {}), (RICH, {}), (VLLM_AS_RESTRICTED, {}), (RICH, PAIR)],
+    ids=["plain", "rich", "vllm", "pair"],
+)
+def test_everything_is_accepted_under_restricted(cluster: ControlPlane, of: Spec, more: Any) -> None:
+    pod = manifests.worker_pod(OWNER, of, slot(of, **more), 0, 1, 2048, IMAGES)
     objects = [pod, manifests.disruption_budget(OWNER, 3), *manifests.around(OWNER, of, 2048, IMAGES)]
     for body in objects:
         said = cluster.kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", input=json.dumps(body))
@@ -103,6 +110,43 @@ def test_the_pod_is_pinned_and_asks_for_its_shape() -> None:
     assert "nodeName" not in pod["spec"]
     assert "gpu-0" in json.dumps(pod["spec"]["affinity"])
     assert pod["spec"]["automountServiceAccountToken"] is False
+
+
+def test_a_pair_is_one_container_with_both_instances() -> None:
+    of = spec(engine={"type": "torch", "args": ["--max-batch", "64"]})
+    made = slot(of, **PAIR, pp=2)
+    pod = manifests.worker_pod(OWNER, of, made, 0, 7, 2048, IMAGES)
+    key = plan.pairing_key(of)
+    assert pod["metadata"]["name"] == f"chat-{key[:6]}-tp2pp2-tp1pp2-0-0"
+    (container,) = pod["spec"]["containers"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "6"}
+    model = ["--model", "facebook/opt-13b", "--weights", "/models/weights", "--served-name", of.model.name]
+    model += ["--pp", "2", "--context-length", "2048", "--dtype", "auto", "--pairing-key", key]
+    assert container["command"] == [
+        *(
+            "disaggworker",
+            "pair",
+            "--ready-port",
+            "8000",
+            "--prefill-gpus",
+            "0,1,2,3",
+            "--decode-gpus",
+            "4,5",
+        ),
+        *("prefill", *model, "--tp", "2", "--port", "8001", "--kv-port", "5600", "--max-batch", "64"),
+        *("decode", *model, "--tp", "1", "--port", "8002", "--kv-port", "5604", "--max-batch", "64"),
+    ]
+    ports = {p["name"]: p["containerPort"] for p in container["ports"]}
+    assert ports == {"http": 8000, "prefill": 8001, "prefill-kv": 5600, "decode": 8002, "decode-kv": 5604}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["port"] == 8000
+    # What supervises takes the command, and what the operator reads back is the slot.
+    read = pair.read(container["command"][2:], {"POD_IP": "10.0.0.1"})
+    assert (read.ready_port, read.prefill.gpus, read.decode.gpus) == (8000, "0,1,2,3", "4,5")
+    assert not read.prefill.ports() & read.decode.ports()
+    pod["metadata"] |= {"uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z"}
+    found = observe.instance(pod, {"gpu-0"}, set(), 0.0)
+    assert (found.slot, found.role_change) == (made, None)
 
 
 def test_ipc_lock_only_with_rdma() -> None:

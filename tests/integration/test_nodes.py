@@ -971,6 +971,11 @@ def test_a_worker_is_paced_by_its_node_and_gets_tiny_weights() -> None:
         paced(command.argv, SimulatedNode("cpu"), Path("/tiny"))
     with pytest.raises(Refused, match="needs --model"):
         paced(["disaggworker", "decode"], DGX, Path("/tiny"))
+    both = localise(image, ["disaggworker", "pair", "prefill", *argv[2:6], "decode", *argv[2:6]])
+    assert (both.paced, both.call) == (True, None), "it starts two programs, and is no fork itself"
+    local = paced(both.argv, DGX, Path("/tiny"))
+    flags = ("--model", "facebook/opt-13b", "--weights", "/tiny", "--pace", pace)
+    assert local[-15:] == ("pair", "prefill", *flags, "decode", *flags)
     assert localise(image, ["disaggworker", "fetch", "--to", "/models"]).argv == (shutil.which("true"),)
     router = localise(find(IMAGES, "disaggserve-router"), ["disaggworker", "router"])
     assert not router.paced

@@ -114,6 +114,56 @@ def test_a_manifest_becomes_a_plan_and_pods(bench: Any) -> None:
     bench(test)
 
 
+def test_a_low_affinity_plan_becomes_pairs_that_say_how_their_kv_goes(bench: Any) -> None:
+    low = {**CHAT, "spec": {**CHAT["spec"], "planner": {"algorithm": "LowAffinity"}}}
+
+    def says(*words: str) -> Callable[[Any], bool]:
+        def holds(resource: Any) -> bool:
+            said = next(c for c in resource["status"]["conditions"] if c["type"] == "Ready")["message"]
+            return carried_out(resource) and all(w in said for w in words)
+
+        return holds
+
+    async def test(b: Bench) -> None:
+        doors = b.open_doors()
+        await b.apply(low)
+        operator = b.operator()
+        resource = await b.settle(operator, until=says("planned pairs and a router ready"))
+        plan = resource["status"]["plan"]
+        assert (plan["algorithm"], plan["paired"]) == ("LowAffinity", True)
+        pods = await b.workers()
+        assert len(pods) == plan["roles"][0]["count"] == plan["roles"][1]["count"]
+        assert {p["metadata"]["labels"]["disaggserve.dev/role"] for p in pods} == {"pair"}
+        assert (
+            sum(int(p["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) for p in pods)
+            == (plan["gpus"])
+        )
+        for door in doors.workers.values():
+            door.transport = "shm"
+        resource = await b.settle(operator, until=says("; inside pairs KV goes by shm"))
+        before = operator.writes
+        for _ in range(3):
+            await operator.reconcile()
+        assert operator.writes == before
+        # One that cannot be asked has not changed; one that says something else is believed.
+        for door in doors.workers.values():
+            door.transport = None
+        await operator.reconcile()
+        assert operator.writes == before
+        for door in doors.workers.values():
+            door.transport = "zmq"
+        await b.settle(operator, until=says("by zmq, which is slower than the link inside a node"))
+        # To instances that stand apart and back: pairs are made and go, none is turned.
+        for algorithm, expected in (("HighAffinity", {"prefill", "decode"}), ("LowAffinity", {"pair"})):
+            await b.apply({**CHAT, "spec": {**CHAT["spec"], "planner": {"algorithm": algorithm}}})
+            await b.settle(operator)
+            labels = [p["metadata"]["labels"] for p in await b.workers()]
+            assert {found["disaggserve.dev/role"] for found in labels} == expected
+        assert not [turn for door in doors.workers.values() for turn in door.turns]
+
+    bench(test)
+
+
 def test_ten_idle_reconciles_write_nothing(bench: Any, plane: ControlPlane) -> None:
     async def test(b: Bench) -> None:
         await b.apply(CHAT)

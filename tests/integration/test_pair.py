@@ -1,7 +1,8 @@
-"""`disaggworker pair`: two workers of one container, from outside."""
+"""`disaggworker pair`: two workers of one container, from outside, and behind a router as their pod would be."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,87 +15,172 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
+from disaggserve import manifests
+from disaggserve.api import manifest
+from disaggserve.api.plan import Slot
+from disaggserve.manifests import DECODE_PORT, HTTP_PORT, PREFILL_PORT, Images, Owner
 from disaggworker.errors import StartError
-from disaggworker.worker.pair import read
+from disaggworker.router import discovery
+from disaggworker.router.app import serving
+from disaggworker.router.config import Config
+from disaggworker.worker.pair import merged, read
 from e2e.nodes.tiny import make_tiny
+from tests.contract.broken import GOOD
+from tests.integration.test_router import free_port
 from tests.integration.worker_pair import ROOT
 
-HOST, PREFILL, DECODE, READY, DEADLINE_S = f"127.8.{os.getpid() % 250}.1", 8461, 8462, 8463, 120.0
+MODEL, DEADLINE_S = "facebook/opt-13b", 150.0
+HOSTS = [f"127.8.{os.getpid() % 250}.{n}" for n in (1, 2)]
+
+Json = dict[str, Any]
 
 
-def get(port: int, path: str) -> tuple[int, Any]:
-    try:
-        with urllib.request.urlopen(f"http://{HOST}:{port}{path}", timeout=10) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-    except OSError:
-        return 0, {}
+class Pod:
+    """What the operator makes of a planned pair, its container started here."""
 
+    def __init__(self, host: str, weights: Path) -> None:
+        spec = manifest.parse_spec(
+            {**GOOD["spec"], "engine": {"type": "torch", "args": ["--kv-blocks", "256"]}}
+        )
+        slot = Slot(slot=0, role="pair", tp=1, decode_tp=1, pp=1, node="n", pairing_key="key", template="t")
+        images = Images("worker", "router")
+        made = manifests.worker_pod(Owner("chat", "ns", "u"), spec, slot, 0, 1, 2048, images)
+        ready = [{"type": "Ready", "status": "True"}]
+        status = {"podIP": host, "phase": "Running", "conditions": ready}
+        self.host = host
+        self.object: Json = {
+            **made,
+            "metadata": {**made["metadata"], "uid": host, "name": host},
+            "status": status,
+        }
+        (container,) = made["spec"]["containers"]
+        argv = [str(weights) if word == manifests.WEIGHTS_PATH else word for word in container["command"]]
+        path = os.pathsep.join(str(ROOT / part) for part in ("operator", "worker_image"))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *argv],
+            env=os.environ | {"PYTHONPATH": path, "POD_IP": host},
+            stderr=subprocess.PIPE,
+        )
 
-def post(port: int, body: Any) -> Any:
-    request = urllib.request.Request(
-        f"http://{HOST}:{port}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
+    def get(self, port: int, path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://{self.host}:{port}{path}", timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def pulls(self) -> Json:
+        found: Json = json.loads(self.get(DECODE_PORT, "/state")[1])["pulls"]
+        return found
+
+    def kill_decode(self) -> None:
+        """The pair ends with it."""
+        path = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        children = Path(path).read_text().split()
+        assert len(children) == 2
+        os.kill(int(children[1]), signal.SIGKILL)
+        assert self.process.wait(DEADLINE_S) == 1
+
+    def seen(self) -> tuple[discovery.Seen, ...]:
+        return discovery.seen(self.object)
+
+    def wait(self) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while self.get(HTTP_PORT, "/ready")[0] != 200:
+            assert self.process.poll() is None, "the pair has ended"
+            assert time.monotonic() < end, "the pair is not ready"
+            time.sleep(0.05)
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    folder = make_tiny("facebook/opt-13b", tmp_path)
-    shared = ["--model", "m", "--weights", str(folder), "--pairing-key", "k", "--kv-blocks", "64"]
-    argv = [sys.executable, "-m", "disaggworker", "pair", "--ready-port", str(READY)]
-    argv += [
-        "prefill",
-        *shared,
-        "--port",
-        str(PREFILL),
-        "decode",
-        *shared,
-        "--port",
-        str(DECODE),
-        "--kv-port",
-        "5700",
-    ]
-    path = os.pathsep.join(str(ROOT / part) for part in ("operator", "worker_image"))
-    process = subprocess.Popen(
-        argv, env=os.environ | {"PYTHONPATH": path, "POD_IP": HOST}, stderr=subprocess.PIPE
-    )
+def pods(tmp_path: Path) -> Iterator[list[Pod]]:
+    weights = make_tiny(MODEL, tmp_path)
+    started = [Pod(host, weights) for host in HOSTS]
     try:
-        end = time.monotonic() + DEADLINE_S
-        while get(READY, "/ready")[0] != 200:
-            assert process.poll() is None, "the pair has ended"
-            assert time.monotonic() < end, "the pair is not ready"
-            time.sleep(0.05)
-        yield process
+        for pod in started:
+            pod.wait()
+        yield started
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        finally:
-            process.kill()
+        for pod in started:
+            pod.process.terminate()
+        for pod in started:
+            try:
+                pod.process.wait(30)
+            finally:
+                pod.process.kill()
 
 
-def test_a_pair_hands_over_through_memory_and_ends_as_one(pair: subprocess.Popen[bytes]) -> None:
-    assert get(READY, "/state") == (200, {"status": "ready", "transport": "shm"})
-    body = {"prompt": list(range(5, 45)), "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-    first = post(PREFILL, {**body, "kv_transfer_params": {"do_remote_decode": True, "max_tokens": 4}})
-    answer = post(DECODE, {**body, "kv_transfer_params": first["kv_transfer_params"]})
-    assert answer["usage"]["completion_tokens"] == 4
-    assert get(DECODE, "/state")[1]["pulls"] == {"shm": 2}, "one of them is the pair's own"
-    children = Path(f"/proc/{pair.pid}/task/{pair.pid}/children").read_text().split()
-    assert len(children) == 2
-    os.kill(int(children[1]), signal.SIGKILL)
-    assert pair.wait(DEADLINE_S) == 1
-    assert pair.stderr
-    said = pair.stderr.read().decode()
-    assert "The decode worker of this pair ended with -9; the pair ends with it." in said
-    assert get(PREFILL, "/health")[0] == 0, "the other one has ended, too"
+def body(text: str, tokens: int, **more: Any) -> Json:
+    asked = {"model": MODEL, "prompt": text, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    return {**asked, "return_token_ids": True, **more}
+
+
+def test_two_pairs_behind_a_router_and_the_end_of_one(pods: list[Pod]) -> None:
+    one, other = pods
+    for pod in pods:
+        assert pod.get(HTTP_PORT, "/state") == (200, '{"status": "ready", "transport": "shm"}')
+        status, said = pod.get(HTTP_PORT, "/health")
+        assert (status, json.loads(said)["decode"]["role"]) == (200, "decode")
+    asyncio.run(asyncio.wait_for(behind_a_router(one, other), DEADLINE_S))
+    status, said = other.get(HTTP_PORT, "/metrics")
+    assert status == 200
+    assert 'disaggserve_worker_role{model_name="facebook/opt-13b",role="decode"} 1' in said.splitlines()
+    assert 'disaggserve_worker_emulated{role="prefill",model_name="facebook/opt-13b"} 0' in said.splitlines()
+    other.process.terminate()
+    assert other.process.wait(DEADLINE_S) == 0
+
+
+async def behind_a_router(one: Pod, other: Pod) -> None:
+    config = Config("ns", "chat", MODEL, 2048, 60.0, 60.0, "127.0.0.1", port=free_port(), linger_s=0.0)
+    url = f"http://127.0.0.1:{config.port}/v1/completions"
+    async with serving(config) as router, aiohttp.ClientSession() as session:
+
+        async def tokens(text: str, count: int) -> list[int]:
+            async with session.post(url, json=body(text, count)) as answer:
+                assert answer.status == 200, await answer.text()
+                found: list[int] = (await answer.json())["choices"][0]["token_ids"]
+                return found
+
+        router.update([*one.seen(), *other.seen()])
+        texts = [f"{n} keepers of the lighthouse" for n in range(24)]
+        answers = await asyncio.gather(*(tokens(text, 20) for text in texts))
+        assert {len(a) for a in answers} == {20}
+        for pod in (one, other):
+            # One was the pair's own; the KV of each came from inside.
+            assert set(pod.pulls()) == {"shm"}
+            assert pod.pulls()["shm"] > 1
+        assert sum(pod.pulls()["shm"] for pod in (one, other)) == len(texts) + 2
+        router.update(other.seen())
+        assert await asyncio.gather(*(tokens(text, 20) for text in texts)) == answers
+
+        # One ends in mid-answer, both its halves, and the answer goes on in the other as it would have gone.
+        long = await tokens("Long ago", 1000)
+        router.update(one.seen())
+        got: list[int] = []
+        async with session.post(url, json=body("Long ago", 1000, stream=True)) as answer:
+            async for line in answer.content:
+                if line.startswith(b"data: {"):
+                    got += json.loads(line[6:])["choices"][0]["token_ids"]
+                if len(got) >= 20 and one.process.poll() is None:
+                    router.update([*one.seen(), *other.seen()])
+                    await asyncio.to_thread(one.kill_decode)
+        assert got == long
+        assert router.proxy.metrics.continuations == 1
+        assert one.process.stderr is not None
+        said = one.process.stderr.read().decode()
+        assert "The decode worker of this pair ended with -9; the pair ends with it." in said
+        assert one.get(PREFILL_PORT, "/health")[0] == 0, "the other half has ended, too"
+        router.update(other.seen())
+        assert await asyncio.gather(*(tokens(text, 20) for text in texts)) == answers
+        router.fleet.check_integrity()
+        view = router.fleet.drain_view()
+        assert set(view) == {other.host}
+        assert (view[other.host]["in_flight"], view[other.host]["leased"]) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +204,17 @@ def test_each_worker_has_its_own_flags_and_gpus() -> None:
     assert (found.host, found.prefill.gpus, found.decode.gpus) == ("1.2.3.4", "0,1", None)
     assert found.prefill.argv()[2:] == ["disaggworker", "prefill", "--tp", "2", "--kv-share"]
     assert found.decode.argv()[2:] == ["disaggworker", "decode", "--port", "9", "--kv-port", "5602"]
+
+
+def test_metrics_of_both_are_one_exposition() -> None:
+    def text(role: str, steps: int) -> str:
+        return (
+            f'# HELP r Role.\n# TYPE r gauge\nr{{model_name="m",role="{role}"}} 1\n'
+            f'# HELP s Steps.\n# TYPE s counter\ns{{model_name="m"}} {steps}\n'
+        )
+
+    assert merged({"prefill": text("prefill", 1), "decode": text("decode", 2)}) == (
+        '# HELP r Role.\n# TYPE r gauge\nr{model_name="m",role="prefill"} 1\nr{model_name="m",role="decode"} 1\n'
+        '# HELP s Steps.\n# TYPE s counter\ns{role="prefill",model_name="m"} 1\ns{role="decode",model_name="m"} 2\n'
+    )
+    assert merged({}) == ""

@@ -34,9 +34,9 @@ def test_shapes(engine, role, shape, other, refused):
     ("engine", "paired", "words"),
     [
         (TORCH, False, None),
-        (TORCH, True, "low-affinity pairs"),
+        (TORCH, True, None),
         (VLLM, False, None),
-        (VLLM, True, "low-affinity pairs"),
+        (VLLM, True, "low-affinity pairs (prefill and decode in one container) of torch only, not of vllm"),
         (SGLANG, False, "starts only torch and vllm"),
     ],
 )

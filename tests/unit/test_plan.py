@@ -273,6 +273,32 @@ def test_mixed_instances_that_are_not_started_are_planned_and_refused_in_one_sen
 # ---- which pod is which
 
 
+def test_pairs_are_one_pod_each_and_stand_where_they_stood() -> None:
+    asked = spec(30, planner={"algorithm": "LowAffinity"}, hardware={"maxGPUs": 16})
+    first = plan.draft(asked, FACTS)
+    assert first.refusal is None
+    prefill, decode = first.plan.roles
+    assert {(s.role, s.tp, s.pp, s.decode_tp) for s in first.instances} == {
+        ("pair", prefill.tp, prefill.pp, decode.tp)
+    }
+    assert len(first.instances) == prefill.count == decode.count >= 2
+    assert sum(s.gpus for s in first.instances) == first.plan.gpus
+    assert len({s.identity for s in first.instances}) == len(first.instances)
+    again = plan.draft(asked, standing(first, 8), previous=first.instances)
+    assert again.instances == first.instances
+    # Nothing of a pair is turned, and a pair is not made of what stands apart.
+    apart = plan.draft(
+        spec(5, planner={"algorithm": "HighAffinity"}), standing(first, 8), previous=first.instances
+    )
+    assert not {s.identity for s in apart.instances} & {s.identity for s in first.instances}
+    fewer = plan.draft(
+        spec(5, planner={"algorithm": "LowAffinity"}), standing(apart, 8), previous=apart.instances
+    )
+    assert {s.role for s in fewer.instances} == {"pair"}
+    vllm = spec(5, planner={"algorithm": "LowAffinity"}, engine={"type": "vllm"})
+    assert "of torch only" in (plan.draft(vllm, FACTS).refusal or "")
+
+
 def standing(made: plan.Draft, node_gpus: int) -> plan.Facts:
     """The nodes, full but for what is free beside the plan's pods."""
     pods = tuple(

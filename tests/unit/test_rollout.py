@@ -42,6 +42,26 @@ def test_from_nothing_everything_is_created_at_once() -> None:
     assert table([], [], [slot("prefill"), slot("decode", 1)]) == ["create 1P1D", "done"]
 
 
+def pair(n: int = 0, decode_tp: int = 1) -> Slot:
+    return slot("pair", n).model_copy(update={"decode_tp": decode_tp})
+
+
+def test_a_pair_is_one_pod_of_both_phases_that_is_never_turned() -> None:
+    assert readable([standing(pair())])
+    two = [pair(0), pair(1)]
+    tight = replace(PLENTY, free={"a": 0}, max_surge_gpus=0)
+    # One of two carries half of the traffic: where no GPU is free, the new plan waits.
+    apart = [slot("prefill", 0), slot("decode", 1), slot("prefill", 2), slot("decode", 3)]
+    assert [s.gpus for s in two] == [2, 2]
+    for old, new in ((two, apart), (apart, two), (two, [pair(0, 2), pair(1, 2)])):
+        path = play([standing(s) for s in old], old, new, PLENTY)
+        assert not path.blocked_by
+        assert not [s.turn for s in path.steps if s.turn]
+        assert play([standing(s) for s in old], old, new, tight).blocked_by
+    path = play([standing(s) for s in two], two, two[:1], PLENTY)
+    assert [[i.name for i in (*s.drain, *s.delete)] for s in path.steps] == [["pair-k1-1-1-0"]] * 2 + [[]]
+
+
 def test_growing_by_one_creates_exactly_one() -> None:
     old = [slot("prefill"), slot("decode", 1)]
     assert table([standing(s) for s in old], old, [*old, slot("decode", 2)]) == ["create 0P1D", "done"]

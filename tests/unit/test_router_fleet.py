@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,6 +91,69 @@ def test_a_draining_decode_takes_what_its_prefill_still_holds() -> None:
     d = f.decode("k", 0)
     assert d is not None
     assert d.seen == D1
+
+
+def pair(pod: str, **more: Any) -> list[Seen]:
+    """Both instances of a low-affinity pair."""
+    return [
+        Seen(f"{pod}/{role}", pod, role, "k", f"http://{pod}:{port}", True, pair=pod, **more)
+        for role, port in (("prefill", 8001), ("decode", 8002))
+    ]
+
+
+def taken(f: Fleet) -> Instance:
+    found = f.prefill(0)
+    assert found is not None
+    return found
+
+
+def test_kv_stays_inside_its_pair() -> None:
+    f = fleet(*pair("a"), *pair("b"), P0, D0)
+    within = {i.seen.uid: i.seen.within for i in f.instances()}
+    assert within["a/prefill"] == within["a/decode"] != within["b/decode"]
+    for prefill, decode in (("a/prefill", "a/decode"), ("b/prefill", "b/decode"), ("p0", "d0")):
+        d = f.decode(within[prefill], 0)
+        assert d is not None
+        assert d.seen.uid == decode
+    f = fleet(*pair("a"), *pair("b"))
+    f.fault(next(i for i in f.instances() if i.seen.uid == "a/decode"), 0)
+    assert taken(f).seen.uid == "b/prefill", "half of a pair takes nothing"
+    assert f.decode("k of a", 0) is None
+    f = fleet(*pair("a")[:1], *pair("b")[1:])
+    assert f.prefill(0) is None
+    assert f.lacking() == "no ready prefill instance has the pairing key of a ready decode instance"
+
+
+def test_of_pairs_with_equal_queues_the_one_whose_decode_holds_less() -> None:
+    f = fleet(*pair("a"), *pair("b"))
+    for i in f.instances():
+        i.answered = WARM_AFTER
+    decoding = Hold(f.decode("k of a", 0) or taken(f), kv_tokens=7)
+    assert taken(f).seen.uid == "b/prefill"
+    queued = Hold(taken(f), queued_tokens=1)
+    assert taken(f).seen.uid == "a/prefill", "the queue comes first"
+    queued.end()
+    decoding.end()
+    assert taken(f).seen.uid == "a/prefill"
+
+
+def test_what_both_of_a_pair_hold_their_pod_holds() -> None:
+    f = fleet(*pair("a"), *pair("b"))
+    p = Hold(taken(f), queued_tokens=1)
+    d = Hold(f.decode("k of a", 0) or taken(f), kv_tokens=1)
+    for i in f.instances():
+        i.others = load(leased_blocks=2 if i.seen.role == "prefill" else 0)
+    f.update([*pair("a", draining=True), *pair("b")])
+    view = f.drain_view()
+    assert set(view) == {"a", "b"}
+    assert view["a"] == {"name": "a", "admitting": False, "in_flight": 2, "leased": 0, "leased_blocks": 2}
+    p.answered()
+    assert (view := f.drain_view()["a"])["in_flight"] == view["leased"] == 1
+    next(i for i in f.instances() if i.seen.uid == "a/decode").lost = True
+    assert f.drain_view()["a"]["leased_blocks"] is None
+    p.end()
+    d.end()
+    assert f.drain_view()["a"]["in_flight"] == 0
 
 
 def test_a_failed_one_is_left_alone_for_longer_each_time() -> None:

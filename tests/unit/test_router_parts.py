@@ -221,27 +221,35 @@ def pod(**status: Any) -> dict[str, Any]:
 
 
 def test_pods_seen() -> None:
-    assert discovery.seen(pod()) == Seen("u", "n", "prefill", "k", "http://10.0.0.1:8000", True)
-    unready = discovery.seen(pod(conditions=[{"type": "Ready", "status": "False"}]))
-    assert unready is not None
+    assert discovery.seen(pod()) == (Seen("u", "n", "prefill", "k", "http://10.0.0.1:8000", True),)
+    (unready,) = discovery.seen(pod(conditions=[{"type": "Ready", "status": "False"}]))
     assert not unready.ready
-    six = discovery.seen(pod(podIP="fd00::1"))
-    assert six is not None
+    (six,) = discovery.seen(pod(podIP="fd00::1"))
     assert six.url == "http://[fd00::1]:8000"
     for gone in (pod(podIP=None), pod(phase="Failed")):
-        assert discovery.seen(gone) is None
+        assert discovery.seen(gone) == ()
     ending = pod()
     ending["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     ending["metadata"]["labels"]["disaggserve.dev/drain"] = "true"
-    found = discovery.seen(ending)
-    assert found is not None
+    (found,) = discovery.seen(ending)
     assert (found.ready, found.draining) == (False, True)
     ending["metadata"]["labels"]["disaggserve.dev/role"] = "mixed"
-    both = discovery.seen(ending)
-    assert both is not None
+    (both,) = discovery.seen(ending)
     assert both.role == "mixed"
     ending["metadata"]["labels"]["disaggserve.dev/role"] = "router"
-    assert discovery.seen(ending) is None
+    assert discovery.seen(ending) == ()
+
+
+def test_a_pair_is_two_instances_at_the_ports_of_their_names() -> None:
+    both = pod()
+    both["metadata"]["labels"]["disaggserve.dev/role"] = "pair"
+    assert discovery.seen(both) == (), "without ports nobody knows where they are"
+    ports = [{"name": n, "containerPort": p} for n, p in (("http", 1), ("prefill", 2), ("decode", 3))]
+    both["spec"] = {"containers": [{"ports": ports}]}
+    assert discovery.seen(both) == (
+        Seen("u/prefill", "n", "prefill", "k", "http://10.0.0.1:2", True, pair="u"),
+        Seen("u/decode", "n", "decode", "k", "http://10.0.0.1:3", True, pair="u"),
+    )
 
 
 FLAGS = [

@@ -108,9 +108,19 @@ def test_pairs_keep_together():
     inventory = Inventory((node("a", 3), node("b", 7)), ())
     groups = pack_pairs((2, 1), (1, 1), 3, inventory)
     assert [dict(g.nodes) for g in groups] == [{"a": 1, "b": 2}] * 2
-    keep = [Standing("prefill", 2, 1, "c"), Standing("decode", 1, 1, "c"), Standing("decode", 1, 1, "a")]
-    groups = pack_pairs((2, 1), (1, 1), 2, Inventory((node("a", 3), node("c", 1)), ()), keep)
+    full = Inventory((node("a", 3), node("c", 1)), ())
+    groups = pack_pairs((2, 1), (1, 1), 2, full, [Standing("prefill", 2, 1, "c", decode_tp=1)])
     assert [dict(g.nodes) for g in groups] == [{"a": 1, "c": 1}] * 2
+
+
+def test_a_pair_is_one_pod_neither_made_of_two_nor_taken_apart():
+    full = Inventory((node("a", 2), node("c", 1)), ())
+    apart = [Standing("prefill", 2, 1, "c"), Standing("decode", 1, 1, "c")]
+    for keep in (apart, [Standing("prefill", 2, 1, "c", decode_tp=2)]):
+        with pytest.raises(NoRoom):
+            pack_pairs((2, 1), (1, 1), 1, full, keep)
+    pair = [Standing("prefill", 2, 1, "c", decode_tp=1)]
+    assert where([("prefill", 2, 1, 1)], full, pair) == {("prefill", 2): {"a": 1}}
 
 
 def test_an_error_crosses_processes():

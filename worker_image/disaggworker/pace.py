@@ -37,6 +37,7 @@ class Pace:
 
     model: catalogue.Model
     gpu: catalogue.GPU
+    nvlink: bool
     rdma: bool
     times: latency.StepTimes
     blocks: int
@@ -58,7 +59,7 @@ class Pace:
             raise StartError(
                 f"--pace: {model.id} does not fit {config.tp * config.pp} {gpu.short} (tp {config.tp}, pp {config.pp})."
             )
-        return cls(model, gpu, config.pace.rdma, times, blocks, saturation)
+        return cls(model, gpu, config.pace.nvlink, config.pace.rdma, times, blocks, saturation)
 
     def stage_s(self, batch: Batch) -> float:
         """Time of one stage for a step that is about to be computed, by the simulator's rules."""
@@ -69,7 +70,10 @@ class Pace:
         chunks = [(count, sequence.computed) for sequence, count in batch.prompts]
         return owed_s + times.stage_s(chunks, len(batch.decodes), sum(s.length for s in batch.decodes))
 
-    def transfer_s(self, tokens: int, prefill_gpu: str, prefill_rdma: bool) -> float:
-        """Time for the real KV of `tokens` from a prefill worker on another GPU."""
-        link = catalogue.pod_link(catalogue.gpu(prefill_gpu), prefill_rdma, self.gpu, self.rdma)
+    def transfer_s(self, tokens: int, prefill_gpu: str, prefill_rdma: bool, *, inside: bool = False) -> float:
+        """Time for the real KV of `tokens` from a prefill worker on another GPU; `inside`: of the same container."""
+        if inside:
+            link = catalogue.container_link(self.gpu, self.nvlink)
+        else:
+            link = catalogue.pod_link(catalogue.gpu(prefill_gpu), prefill_rdma, self.gpu, self.rdma)
         return latency.transfer_s(tokens * self.model.kv_bytes_per_token(), link)

@@ -15,7 +15,8 @@ from disaggserve.api.model import ApiModel, Rule
 
 RoleName = Literal["prefill", "decode", "mixed"]
 Kind = Literal[RoleName, "colocated"]
-Identity = tuple[str, int, int, int]
+SlotRole = Literal[RoleName, "pair"]
+Identity = tuple[str, int, int, int, int]
 Text = Annotated[str, Field(max_length=1024)]
 Name = Annotated[str, Field(max_length=253)]
 
@@ -223,31 +224,43 @@ class Plan(ApiModel):
 
 
 class Slot(ApiModel):
-    """One planned instance. (resource, pairing key, shape, slot, attempt) is its identity; the rest may change in place."""
+    """One planned pod: an instance, or a low-affinity pair of two. (resource, pairing key, shape, slot, attempt) is its
+    identity; the rest may change in place."""
 
     slot: int = Field(
         ge=0, le=9999, description="Number of the instance among those of its shape. Example: 0."
     )
-    role: RoleName = Field(description="What it may do. Example: decode.")
+    role: SlotRole = Field(
+        description="What it may do; a pair is a prefill and a decode instance in one container. Example: decode."
+    )
     chunk: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Mixed: tokens of a step; left out: whole prompts first. Example: 512."
     )
-    tp: int = Field(ge=1, description="Tensor parallelism. Example: 1.")
-    pp: int = Field(ge=1, description="Pipeline parallelism. Example: 1.")
+    tp: int = Field(ge=1, description="Tensor parallelism; of a pair its prefill's. Example: 1.")
+    pp: int = Field(ge=1, description="Pipeline parallelism; of a pair both instances'. Example: 1.")
+    decode_tp: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Pair: tensor parallelism of its decode. Example: 2."
+    )
     node: str = Field(description="The node that its pod is pinned to. Example: gpu-0.")
     pairing_key: str = Field(description="Hash of what must match for its KV to be readable elsewhere.")
     template: str = Field(description="Hash of everything else that its pod is made of.")
 
     @property
     def gpus(self) -> int:
-        return self.tp * self.pp
+        return (self.tp + (self.decode_tp or 0)) * self.pp
+
+    @property
+    def shape(self) -> str:
+        """`tp2pp1`; of a pair prefill's and decode's, `tp2pp1-tp1pp1`."""
+        prefill = f"tp{self.tp}pp{self.pp}"
+        return f"{prefill}-tp{self.decode_tp}pp{self.pp}" if self.decode_tp else prefill
 
     @property
     def identity(self) -> Identity:
-        """What names the instance, but for the attempt: pairing key, shape, slot number."""
-        return (self.pairing_key, self.tp, self.pp, self.slot)
+        """What names the pod, but for the attempt: pairing key, shape, slot number."""
+        return (self.pairing_key, self.tp, self.pp, self.decode_tp or 0, self.slot)
 
-    def of_role(self, role: RoleName, chunk: int | None = None) -> Slot:
+    def of_role(self, role: SlotRole, chunk: int | None = None) -> Slot:
         """The same instance in another role."""
         return self.model_copy(update={"role": role, "chunk": chunk})
 

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from disaggserve import manifests
-from disaggserve.api.plan import RoleName, Slot
+from disaggserve.api.plan import Slot, SlotRole
 from disaggserve.cluster.client import Json
 from disaggserve.rollout import PHASES, Instance, Load
 
@@ -53,6 +53,23 @@ async def _state(http: aiohttp.ClientSession, worker: Json) -> Mapping[str, Any]
 
 async def _nothing() -> None:
     return None
+
+
+async def transports(pairs: Sequence[Json]) -> dict[str, str]:
+    """How the KV of pairs goes, as they found out when they started; by pod uid, without those that do not say."""
+    async with session() as http:
+        said = await asyncio.gather(*(_transport(http, pod) for pod in pairs))
+    return {pod["metadata"]["uid"]: way for pod, way in zip(pairs, said, strict=True) if way}
+
+
+async def _transport(http: aiohttp.ClientSession, pair: Json) -> str | None:
+    try:
+        async with http.get(_url(pair, "/state")) as answer:
+            answer.raise_for_status()
+            way = (await answer.json())["transport"]
+            return way if isinstance(way, str) else None
+    except _FAULTS:
+        return None
 
 
 async def with_words(
@@ -107,6 +124,6 @@ async def take_role(worker: Json, slot: Slot, epoch: int) -> str:
     except _FAULTS as error:
         return f"{name} cannot be told to become {role}: {error or type(error).__name__}"
     if said is None or (said["role"], said.get("epoch")) != (role, epoch):
-        seen: RoleName | None = said["role"] if said else None
+        seen: SlotRole | None = said["role"] if said else None
         return f"{name} was told to become {role} in revision {epoch}, and says {seen or 'nothing'}"
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,14 +74,15 @@ def instance(pod: Json, nodes: set[str], lost: set[str], now_s: float) -> Instan
     """One worker pod as the rollout sees it."""
     metadata, status = pod["metadata"], pod.get("status", {})
     labels = metadata["labels"]
-    tp, pp = labels[manifests.SHAPE].removeprefix("tp").split("pp")
+    tp, pp, *decode = map(int, re.findall(r"\d+", labels[manifests.SHAPE]))
     node = planned_node(pod)
     slot = Slot(
         slot=int(labels[manifests.SLOT]),
         role=labels[manifests.ROLE],
         chunk=int(labels[manifests.CHUNK]) if manifests.CHUNK in labels else None,
-        tp=int(tp),
-        pp=int(pp),
+        tp=tp,
+        pp=pp,
+        decode_tp=decode[0] if decode else None,
         node=node,
         pairing_key=labels[manifests.KEY],
         template=labels[manifests.TEMPLATE],
@@ -106,7 +108,10 @@ def instance(pod: Json, nodes: set[str], lost: set[str], now_s: float) -> Instan
         age_s=max(0.0, now_s - parse_rfc3339(metadata["creationTimestamp"])),
         scheduled=bool(pod["spec"].get("nodeName")),
         unscheduled_reason=str(scheduled.get("message", "")),
-        role_change=engines.engine(labels.get(manifests.ENGINE, "torch")).role_change,
+        # The two of a pair were made for each other.
+        role_change=None
+        if slot.role == "pair"
+        else engines.engine(labels.get(manifests.ENGINE, "torch")).role_change,
     )
 
 
@@ -133,7 +138,7 @@ def _claims(revisions: Sequence[Json], pods: Sequence[Json], uid: str) -> list[J
             if owned_by(p, key) and manifests.SLOT in p["metadata"].get("labels", {})
         }
         for slot in stored.commit.instances:
-            if (slot.pairing_key, f"tp{slot.tp}pp{slot.pp}", str(slot.slot)) not in standing:
+            if (slot.pairing_key, slot.shape, str(slot.slot)) not in standing:
                 requests = {hardware.GPU_RESOURCE: str(slot.gpus)}
                 out.append(
                     {

@@ -46,6 +46,8 @@ _RETRY_S = 10.0
 _REST_S = 300.0
 _SEARCHES = 3
 """As often a plan is searched for in one reconcile where others take its GPUs meanwhile."""
+_INSIDE = ("shm", "cuda_ipc")
+"""Transports that a low-affinity plan means: no byte of KV is sent."""
 _REFUSALS = (400, 403, 404, 422)
 """What asking again does not help: quota, Pod Security, an admission webhook, a missing service account or namespace."""
 
@@ -431,6 +433,7 @@ class Reconciler:
         if not spec.paused:
             try:
                 step = await self._write(owner, spec, snap, step, now_s)
+                await self._note_transports(owner, snap)
             except ApiError as error:
                 if error.status not in _REFUSALS:
                     raise
@@ -502,6 +505,16 @@ class Reconciler:
         await self._relabel(owner, turn.instance, {"labels": labels})
         return ""
 
+    async def _note_transports(self, owner: Owner, snap: observe.Snapshot) -> None:
+        """On each pair by which transport its KV goes: that is known only from where it runs. Written where it differs."""
+        pods = {p["metadata"]["uid"]: p for p in snap.own_pods}
+        pairs = {i.uid: i for i in snap.instances if i.slot.role == "pair" and i.alive and i.ready}
+        if not pairs:
+            return
+        for uid, way in (await asking.transports([pods[uid] for uid in pairs])).items():
+            if _transport(pods[uid]) != way:
+                await self._relabel(owner, pairs[uid], {"annotations": {manifests.TRANSPORT: way}})
+
     async def _relabel(self, owner: Owner, instance: rollout.Instance, change: Change) -> None:
         await self._cluster.merge(
             PODS, owner.namespace, instance.name, {"metadata": {"uid": instance.uid, **change}}
@@ -525,7 +538,9 @@ class Reconciler:
         )
         ready = {i.slot.identity for i in serving}
         count = sum(s.identity in ready for s in target)
-        words = f"{count} of {len(target)} planned instances and {'a' if router else 'no'} router ready"
+        what = "pairs" if latest.commit.plan.paired else "instances"
+        words = f"{count} of {len(target)} planned {what} and {'a' if router else 'no'} router ready"
+        words += _transports_in_words([_transport(p) for p in snap.own_pods])
         troubles = [
             f"{p['metadata']['name']}: {t}"
             for p in (*snap.own_pods, *snap.routers)
@@ -605,6 +620,20 @@ class Reconciler:
         if patch:
             body = {"metadata": {"uid": owner.uid}, "status": patch}
             await self._cluster.merge(RESOURCES, owner.namespace, owner.name, body, subresource="status")
+
+
+def _transport(pod: Json) -> str:
+    """By which a pair said that its KV goes; empty where it is none, or has not said."""
+    return str(pod["metadata"].get("annotations", {}).get(manifests.TRANSPORT, ""))
+
+
+def _transports_in_words(ways: Sequence[str]) -> str:
+    used = sorted({way for way in ways if way})
+    if not used:
+        return ""
+    slow = [way for way in used if way not in _INSIDE]
+    fault = ", which is slower than the link inside a node that the plan reckons with" if slow else ""
+    return f"; inside pairs KV goes by {' and '.join(used)}{fault}"
 
 
 def _say_feasible(report: Report, spec: Spec, committed: Plan) -> None:

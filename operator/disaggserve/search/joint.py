@@ -199,7 +199,7 @@ class Joint:
         return self.problem.promise.ttft_s if role == "prefill" else self.problem.promise.tpot_s
 
     def _available(self) -> int:
-        standing = sum(k.tp * k.pp for k in self.problem.keep)
+        standing = sum(k.gpus for k in self.problem.keep if not k.decode_tp)
         return min(self.problem.max_gpus, self.problem.inventory.gpus_free + standing)
 
     def place(self) -> Placement:
@@ -862,7 +862,7 @@ class Joint:
         )
         stands = Counter(self.problem.keep)
         moved = (planned - stands) + (stands - planned)
-        return sum(k.tp * k.pp * count for k, count in moved.items())
+        return sum(k.gpus * count for k, count in moved.items())
 
     # -------------------------------------------------------------------------------------------------- simulated
 

@@ -34,14 +34,20 @@ class NoRoom(DisaggServeError):
 class Standing:
     """An own instance that stands on a node now; its GPUs are counted as used in the inventory.
 
-    `turns`: roles that it can take where it stands.
+    `decode_tp`: of a low-affinity pair, whose prefill the rest describes; 0: it stands alone. `turns`: roles that it can take
+    where it stands.
     """
 
     role: Role
     tp: int
     pp: int
     node: str
+    decode_tp: int = 0
     turns: frozenset[Role] = dataclasses.field(default=frozenset(), compare=False)
+
+    @property
+    def gpus(self) -> int:
+        return (self.tp + self.decode_tp) * self.pp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +83,7 @@ def pack(wanted: Iterable[Wanted], inventory: Inventory, keep: Iterable[Standing
     counts: Counter[_Key] = Counter()
     for role, tp, pp, count in wanted:
         counts[((role, tp, pp),)] += count
-    keep = list(keep)
+    keep = [k for k in keep if not k.decode_tp]  # a pair is not taken apart
     standing: Counter[tuple[_Key, str]] = Counter((((k.role, k.tp, k.pp),), k.node) for k in keep)
     turns: dict[_Key, frozenset[Role]] = {((k.role, k.tp, k.pp),): k.turns for k in keep}
     return _groups(_place(counts, standing, inventory, turns))
@@ -92,13 +98,10 @@ def pack_pairs(
 ) -> tuple[Group, ...]:
     """Nodes for `count` low-affinity pairs of a prefill (tp, pp) and a decode (tp, pp), each on one node.
 
-    A pair is kept where both its parts stand on one node. Raises `NoRoom`.
+    Pairs of `keep` come first; two instances that stand on one node are none. Raises `NoRoom`.
     """
     parts: _Key = (("prefill", *prefill), ("decode", *decode))
-    here = Counter(keep)
-    standing = Counter(
-        {(parts, k.node): min(here[Standing(*p, k.node)] for p in parts) for k in sorted(here)}
-    )
+    standing = Counter((parts, k.node) for k in keep if (k.tp, k.pp) == prefill and k.decode_tp == decode[0])
     return _groups(_place(Counter({parts: count}), standing, inventory))
 
 

@@ -486,7 +486,8 @@ class Paper:
             )
 
     def _available(self) -> int:
-        return self.problem.inventory.gpus_free + sum(k.tp * k.pp for k in self.problem.keep)
+        standing = sum(k.gpus for k in self.problem.keep if bool(k.decode_tp) != self.high)
+        return self.problem.inventory.gpus_free + standing
 
     def _no_gpus(self, gpus: int, what: str, no_room: NoRoom) -> Infeasible:
         free = self.problem.inventory.gpus_free

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import aiohttp
 from kubernetes.aio import client as k8s
@@ -30,6 +30,7 @@ ROLE = "disaggserve.dev/role"
 PAIRING_KEY = "disaggserve.dev/pairing-key"
 DRAIN = "disaggserve.dev/drain"
 ENGINE = "disaggserve.dev/engine"
+PAIR = "pair"  # a role of pods: a prefill and a decode instance, each at the port of that name
 
 _WATCH_S = 60  # the server ends a watch after so long; the client gives up on a silent one a little later
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S = 0.2, 5.0
@@ -40,37 +41,43 @@ class Expired(Exception):
     """The API server no longer knows the version to watch from: list again."""
 
 
-def seen(pod: Json) -> Seen | None:
-    """The instance that a pod is, or None for one that is no instance or has no address yet."""
+def seen(pod: Json) -> tuple[Seen, ...]:
+    """The instance that a pod is, or both of a pair; none of a pod that is something else or has no address yet."""
     meta, status = pod["metadata"], pod.get("status") or {}
     labels = meta.get("labels") or {}
     role, address = labels.get(ROLE), status.get("podIP")
-    if (
-        role not in ("prefill", "decode", "mixed")
-        or not address
-        or status.get("phase") in ("Succeeded", "Failed")
-    ):
-        return None
+    if role not in (*get_args(Role), PAIR) or not address or status.get("phase") in ("Succeeded", "Failed"):
+        return ()
     ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions") or ())
     host = f"[{address}]" if ":" in address else address
-    return Seen(
-        uid=meta["uid"],
-        name=meta["name"],
-        role=cast(Role, role),
-        pairing_key=labels.get(PAIRING_KEY, ""),
-        url=f"http://{host}:{_port(pod)}",
-        ready=ready and not meta.get("deletionTimestamp"),
-        draining=labels.get(DRAIN) == "true",
-        engine=labels.get(ENGINE, "torch"),
-    )
+    ports = _ports(pod)
+
+    def instance(role: Role, port: int, pair: str = "") -> Seen:
+        return Seen(
+            uid=f"{pair}/{role}" if pair else meta["uid"],
+            name=meta["name"],
+            role=role,
+            pairing_key=labels.get(PAIRING_KEY, ""),
+            url=f"http://{host}:{port}",
+            ready=ready and not meta.get("deletionTimestamp"),
+            draining=labels.get(DRAIN) == "true",
+            engine=labels.get(ENGINE, "torch"),
+            pair=pair,
+        )
+
+    if role != PAIR:
+        return (instance(cast(Role, role), ports.get("http", 8000)),)
+    halves: tuple[Role, Role] = ("prefill", "decode")
+    if not ports.keys() >= set(halves):
+        return ()
+    return tuple(instance(half, ports[half], meta["uid"]) for half in halves)
 
 
-def _port(pod: Json) -> int:
-    for container in (pod.get("spec") or {}).get("containers") or ():
-        for port in container.get("ports") or ():
-            if port.get("name") == "http":
-                return int(port["containerPort"])
-    return 8000
+def _ports(pod: Json) -> dict[str, int]:
+    """By name."""
+    containers = (pod.get("spec") or {}).get("containers") or ()
+    ports = [port for container in containers for port in container.get("ports") or ()]
+    return {port["name"]: int(port["containerPort"]) for port in ports if port.get("name")}
 
 
 async def connect() -> k8s.ApiClient:
@@ -88,7 +95,7 @@ class Discovery:
 
     def __init__(self, namespace: str, resource: str, changed: Callable[[Iterable[Seen]], None]) -> None:
         self._path = f"/api/v1/namespaces/{namespace}/pods"
-        self._selector = f"{RESOURCE}={resource},{ROLE} in (prefill,decode,mixed)"
+        self._selector = f"{RESOURCE}={resource},{ROLE} in ({','.join((*get_args(Role), PAIR))})"
         self._changed = changed
         self._pods: dict[str, Json] = {}
 
@@ -163,7 +170,7 @@ class Discovery:
         self._tell()
 
     def _tell(self) -> None:
-        self._changed([s for s in map(seen, self._pods.values()) if s is not None])
+        self._changed([s for pod in self._pods.values() for s in seen(pod)])
 
 
 async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

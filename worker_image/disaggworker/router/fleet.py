@@ -37,6 +37,12 @@ class Seen:
     ready: bool  # passes its readiness probe and is not terminating
     draining: bool = False  # the operator wants it empty: no new requests
     engine: str = "torch"  # whose dialect it speaks
+    pair: str = ""  # uid of the pod that it shares with the other half of a low-affinity pair
+
+    @property
+    def within(self) -> str:
+        """Who can read its KV: all of its pairing key, or of a pair the other half alone (what the plan reckons with)."""
+        return f"{self.pairing_key} of {self.pair}" if self.pair else self.pairing_key
 
 
 class Instance:
@@ -183,19 +189,23 @@ class Fleet:
         request: Request | None = None,
         goes_on: Callable[[Instance], bool] | None = None,
     ) -> Instance | None:
-        """The fewest tokens until the first one of `request`, among those with a decode of the same pairing key.
+        """The fewest tokens until the first one of `request`, among those whose KV some decode can read. Of pairs alike in that
+        the one whose decode is the least loaded: it is settled with the prefill.
 
         `goes_on` says of an answer that was begun where it can go on; there draining ones take it, too, where no other can.
         """
         if goes_on is None:
-            keys = {i.seen.pairing_key for i in self._admitting("decode", now_s)}
-            found = _preferred(i for i in self._admitting("prefill", now_s) if i.seen.pairing_key in keys)
+            keys = {i.seen.within for i in self._admitting("decode", now_s)}
+            found = _preferred(i for i in self._admitting("prefill", now_s) if i.seen.within in keys)
         else:
             able = [i for i in self._able("prefill", now_s) if goes_on(i)]
-            able = [i for i in able if self.decode(i.seen.pairing_key, now_s) is not None]
+            able = [i for i in able if self.decode(i.seen.within, now_s) is not None]
             found = _preferred(i for i in able if i.admitting) or able
         if not found:
             return None
+        if any(i.seen.pair for i in found):
+            # Ties go to the first.
+            found.sort(key=lambda i: self._beside(i).all_kv_tokens if i.seen.pair else 0)
         queued = [i.all_queued_tokens for i in found]
         if request is None:
             return found[choose_prefill(queued)]
@@ -205,12 +215,12 @@ class Fleet:
         found[k].prefixes.note(request.prefix)
         return found[k]
 
-    def decode(self, pairing_key: str, now_s: float) -> Instance | None:
-        """The least loaded by KV tokens, of this pairing key.
+    def decode(self, within: str, now_s: float) -> Instance | None:
+        """The least loaded by KV tokens, of those that can read this KV (`Seen.within`).
 
         Requests that are through prefill may go to a draining one when no other has their key: their KV fits nowhere else.
         """
-        able = [i for i in self._able("decode", now_s) if i.seen.pairing_key == pairing_key]
+        able = [i for i in self._able("decode", now_s) if i.seen.within == within]
         found = _preferred(i for i in able if i.admitting) or able
         return found[choose_decode([i.all_kv_tokens for i in found])] if found else None
 
@@ -245,7 +255,7 @@ class Fleet:
         """Why no request could be served now, or None when one could."""
         phases: tuple[Phase, ...] = ("prefill", "decode")
         keys = {
-            phase: {i.seen.pairing_key for i in self._instances.values() if i.does(phase) and i.admitting}
+            phase: {i.seen.within for i in self._instances.values() if i.does(phase) and i.admitting}
             for phase in phases
         }
         if keys["prefill"] & keys["decode"]:
@@ -256,25 +266,30 @@ class Fleet:
         return "no ready prefill instance has the pairing key of a ready decode instance"
 
     def drain_view(self) -> dict[str, dict[str, Any]]:
-        """Per instance of the latest view, by uid, what the operator must know before it deletes the pod.
+        """Per pod of the latest view, by uid, what the operator must know before it deletes it; of a pair what both hold.
 
         The last decode instances of a pairing key are also needed by whatever prefill instances of that key still hold.
         """
-        out = {}
+        out: dict[str, dict[str, Any]] = {}
         for uid, i in self._instances.items():
             if not i.known:
                 continue
-            in_flight = i.in_flight
-            if i.seen.role == "decode" and not any(
-                d.admitting for d in self._of("decode", i.seen.pairing_key)
-            ):
-                in_flight += sum(p.in_flight + p.leased for p in self._of("prefill", i.seen.pairing_key))
-            out[uid] = {
+            in_flight, within = i.in_flight, i.seen.within
+            leased_blocks = i.others.leased_blocks if i.others and not i.lost else None
+            if i.seen.pair and (half := out.get(i.seen.pair)):
+                half["in_flight"] += in_flight
+                half["leased"] += i.leased
+                blocks = (half["leased_blocks"], leased_blocks)
+                half["leased_blocks"] = None if None in blocks else sum(blocks)
+                continue
+            if i.seen.role == "decode" and not any(d.admitting for d in self._of("decode", within)):
+                in_flight += sum(p.in_flight + p.leased for p in self._of("prefill", within))
+            out[i.seen.pair or uid] = {
                 "name": i.seen.name,
                 "admitting": i.admitting,
                 "in_flight": in_flight,
                 "leased": i.leased,
-                "leased_blocks": i.others.leased_blocks if i.others and not i.lost else None,
+                "leased_blocks": leased_blocks,
             }
         return out
 
@@ -292,8 +307,12 @@ class Fleet:
         if tokens is not None:  # some say so only where they found something
             instance.caches = True
 
-    def _of(self, phase: Phase, pairing_key: str) -> list[Instance]:
-        return [i for i in self._instances.values() if i.does(phase) and i.seen.pairing_key == pairing_key]
+    def _of(self, phase: Phase, within: str) -> list[Instance]:
+        return [i for i in self._instances.values() if i.does(phase) and i.seen.within == within]
+
+    def _beside(self, half: Instance) -> Instance:
+        """The decode instance of its pair."""
+        return self._instances[f"{half.seen.pair}/decode"]
 
     def _able(self, phase: Phase, now_s: float) -> list[Instance]:
         """Those that serve, draining ones included."""

@@ -393,12 +393,12 @@ class Exchange:
         return await self._finish(client)
 
     async def _decode(self, lease: Hold, answer: dict[str, Any]) -> web.StreamResponse:
-        key = lease.instance.seen.pairing_key
+        within = lease.instance.seen.within
         body = self._request.for_decode(answer["kv_transfer_params"], token_ids=self._resumable)
         while True:
-            instance = self._fleet.decode(key, self._clock())
+            instance = self._fleet.decode(within, self._clock())
             if instance is None:
-                raise Lost(None, f"no decode instance of pairing key {key} is ready")
+                raise Lost(None, f"no decode instance of pairing key {within} is ready")
             hold = Hold(instance, kv_tokens=self._request.input_tokens + self._tokens)
             try:
                 with contextlib.closing(await self._post(instance, body)) as reply:
@@ -526,16 +526,16 @@ class Exchange:
     async def _decode_vllm(self, lease: Hold, params: dict[str, Any]) -> web.StreamResponse:
         """The rest of vLLM's two steps. Until decode's first token is here, whatever fails costs the client only time."""
         prefill, request = lease.instance, self._request
-        key, answered_s = prefill.seen.pairing_key, self._clock()
+        within, answered_s = prefill.seen.within, self._clock()
         body = vllm.for_decode(request.body, params)
         # A stream shows its first token; an answer in one piece says at its end when that was.
         until_s = answered_s + vllm.LATE_S if request.stream else None
         while True:
             if vllm.late(self._clock() - answered_s):
                 raise Lost(None, f"no decode instance took the request before {prefill} let go of its KV")
-            instance = self._fleet.decode(key, self._clock())
+            instance = self._fleet.decode(within, self._clock())
             if instance is None:
-                raise Lost(None, f"no decode instance of pairing key {key} is ready")
+                raise Lost(None, f"no decode instance of pairing key {within} is ready")
             hold = Hold(instance, kv_tokens=request.input_tokens + 1)
             sent_s = self._clock()
             try:

@@ -100,7 +100,9 @@ class Decode:
                 assert sequence.kv is not None
                 pulled = await client.pull(handoff, sequence.kv.blocks[: blocks_for(handoff.kv_tokens)])
                 if pace and handoff.gpu:
-                    whole_s = pace.transfer_s(handoff.kv_tokens, handoff.gpu, handoff.rdma)
+                    # Memory is shared in a low-affinity pair only, and there KV takes the link inside the node.
+                    inside = set(pulled.ways) == {"shm"}
+                    whole_s = pace.transfer_s(handoff.kv_tokens, handoff.gpu, handoff.rdma, inside=inside)
                     await asyncio.sleep(begun + whole_s - self._instance.loop.time())
             for way in pulled.ways:
                 self._instance.metrics.pulls[way] += 1

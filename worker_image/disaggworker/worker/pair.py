@@ -5,6 +5,9 @@
 Each of the two has its own flags, as it has them alone, and its own ports. They start together, are ready together, drain
 together, and neither outlives the other. Once both are ready one request goes through both, and tells by which transport its
 KV went: that is checked, not assumed, since what two processes of one host can share depends on how they were started.
+
+Whoever asks about the pod asks the pair's own port: /ready and /health of both, /state with the transport, and /metrics, where
+`role` tells the two apart.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import aiohttp
 from aiohttp import web
 
 from disaggworker.errors import StartError
+from disaggworker.metrics import CONTENT_TYPE
 
 _PR_SET_PDEATHSIG = 1
 _LOOK_S = 0.1
@@ -74,6 +78,11 @@ class Settings:
     host: str
     ready_port: int
 
+    @property
+    def both(self) -> tuple[Command, Command]:
+        """Prefill first."""
+        return self.prefill, self.decode
+
 
 def read(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
     """The settings in `argv`, without the word "pair". Raises `StartError`."""
@@ -89,7 +98,9 @@ def read(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
     parser = _Parser(prog="disaggworker pair", allow_abbrev=False, epilog="then: prefill FLAGS decode FLAGS")
     parser.add_argument("--prefill-gpus", help="as in CUDA_VISIBLE_DEVICES; default: all")
     parser.add_argument("--decode-gpus", help="likewise")
-    parser.add_argument("--ready-port", type=int, default=8002, help="of /ready and /state of the pair")
+    parser.add_argument(
+        "--ready-port", type=int, default=8002, help="of the pair's own /ready, /health, /state and /metrics"
+    )
     own = parser.parse_args(rest)
     prefill = Command("prefill", flags["prefill"], own.prefill_gpus)
     decode = Command("decode", flags["decode"], own.decode_gpus)
@@ -115,12 +126,18 @@ class Pair:
 
     async def main(self) -> int:
         """Start both, watch them, end both."""
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_PATIENCE_S)) as self._session:
+            return await self._main()
+
+    async def _main(self) -> int:
         settings, stopping = self._settings, asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stopping.set)
         app = web.Application()
         app.router.add_get("/ready", self._ready)
         app.router.add_get("/state", self._ready)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         try:
@@ -129,14 +146,15 @@ class Pair:
             raise StartError(
                 f"Port {settings.host}:{settings.ready_port} cannot be bound: {e.strerror}."
             ) from None
-        workers = {command.role: await _start(command) for command in (settings.prefill, settings.decode)}
+        workers = {command.role: await _start(command) for command in settings.both}
         ends = {role: asyncio.create_task(worker.wait()) for role, worker in workers.items()}
         stop, check = asyncio.create_task(stopping.wait()), asyncio.create_task(self._check())
         await asyncio.wait([stop, *ends.values()], return_when=asyncio.FIRST_COMPLETED)
         check.cancel()
         self._state["status"] = "stopping"
         early = [role for role, end in ends.items() if end.done() and not stopping.is_set()]
-        for role in early:
+        # One that failed has said why, and that is to stay the last word.
+        for role in (role for role in early if ends[role].result() <= 0):
             print(
                 f"The {role} worker of this pair ended with {ends[role].result()}; the pair ends with it.",
                 file=sys.stderr,
@@ -152,16 +170,14 @@ class Pair:
 
     async def _check(self) -> None:
         """Wait until both are ready, and see by which transport KV goes."""
-        settings = self._settings
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_PATIENCE_S)) as session:
-            while True:
-                try:
-                    for command in (settings.prefill, settings.decode):
-                        await _get(session, self._url(command, "/ready"))
-                    self._state["transport"] = await self._transport(session)
-                    break
-                except (aiohttp.ClientError, TimeoutError):
-                    await asyncio.sleep(_LOOK_S)
+        while True:
+            try:
+                for command in self._settings.both:
+                    await self._get(command, "/ready")
+                self._state["transport"] = await self._transport()
+                break
+            except (aiohttp.ClientError, TimeoutError):
+                await asyncio.sleep(_LOOK_S)
         if self._state["transport"] == "zmq":
             print(
                 "KV of this pair goes through messages, not through shared memory: the workers cannot map each other's. It is "
@@ -170,36 +186,66 @@ class Pair:
             )
         self._state["status"] = "ready"
 
-    async def _transport(self, session: aiohttp.ClientSession) -> str:
+    async def _transport(self) -> str:
         """One request of one block through both, and the transport that it took."""
-        model = (await _get(session, self._url(self._settings.prefill, "/v1/models")))["data"][0]["id"]
+        prefill, decode = self._settings.both
+        model = (await self._get(prefill, "/v1/models"))["data"][0]["id"]
         body = {"model": model, "prompt": [1] * 16, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
-        first = await _post(
-            session,
-            self._url(self._settings.prefill, "/v1/completions"),
-            {
-                **body,
-                "kv_transfer_params": {"do_remote_decode": True, "max_tokens": 2},
-            },
+        first = await self._post(
+            prefill, {**body, "kv_transfer_params": {"do_remote_decode": True, "max_tokens": 2}}
         )
-        before = (await _get(session, self._url(self._settings.decode, "/state")))["pulls"]
-        await _post(
-            session,
-            self._url(self._settings.decode, "/v1/completions"),
-            {
-                **body,
-                "kv_transfer_params": first["kv_transfer_params"],
-            },
-        )
-        after = (await _get(session, self._url(self._settings.decode, "/state")))["pulls"]
+        before = (await self._get(decode, "/state"))["pulls"]
+        await self._post(decode, {**body, "kv_transfer_params": first["kv_transfer_params"]})
+        after = (await self._get(decode, "/state"))["pulls"]
         return str(next(way for way, count in after.items() if count > before.get(way, 0)))
-
-    def _url(self, command: Command, path: str) -> str:
-        return f"http://{self._settings.host}:{command.port}{path}"
 
     async def _ready(self, request: web.Request) -> web.Response:
         ready = self._state["status"] == "ready" or request.path == "/state"
         return web.json_response(self._state, status=200 if ready else 503)
+
+    async def _health(self, _: web.Request) -> web.Response:
+        """Whether both answer."""
+        try:
+            said = {command.role: await self._get(command, "/health") for command in self._settings.both}
+        except (aiohttp.ClientError, TimeoutError) as e:
+            return web.json_response({"status": str(e) or type(e).__name__}, status=503)
+        return web.json_response({"status": "ok", **said})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        texts = {}
+        for command in self._settings.both:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with self._session.get(self._url(command, "/metrics")) as answer:
+                    texts[command.role] = await answer.text()
+        return web.Response(text=merged(texts), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _get(self, command: Command, path: str) -> Any:
+        async with self._session.get(self._url(command, path)) as answer:
+            answer.raise_for_status()
+            return await answer.json()
+
+    async def _post(self, command: Command, body: Mapping[str, Any]) -> Any:
+        async with self._session.post(self._url(command, "/v1/completions"), json=body) as answer:
+            answer.raise_for_status()
+            return await answer.json()
+
+    def _url(self, command: Command, path: str) -> str:
+        return f"http://{self._settings.host}:{command.port}{path}"
+
+
+def merged(texts: Mapping[str, str]) -> str:
+    """One exposition of what both workers expose, by role: each series with its worker's role, each family in one piece."""
+    families: dict[str, list[str]] = {}
+    for role, text in texts.items():
+        series: list[str] = []
+        for line in text.splitlines():
+            if line.startswith("# HELP "):
+                series = families.setdefault(line, [])
+            elif not line.startswith("#"):
+                series.append(line if 'role="' in line else line.replace("{", f'{{role="{role}",', 1))
+            elif not series:
+                series.append(line)
+    return "".join(f"{line}\n" for head, series in families.items() for line in (head, *series))
 
 
 async def _start(command: Command) -> asyncio.subprocess.Process:
@@ -212,15 +258,3 @@ async def _start(command: Command) -> asyncio.subprocess.Process:
 def _die_with_me() -> None:
     """In a worker, before it begins: a pair that is killed leaves none behind."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-async def _get(session: aiohttp.ClientSession, url: str) -> Any:
-    async with session.get(url) as answer:
-        answer.raise_for_status()
-        return await answer.json()
-
-
-async def _post(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any]) -> Any:
-    async with session.post(url, json=body) as answer:
-        answer.raise_for_status()
-        return await answer.json()
