@@ -31,7 +31,7 @@ from typing import Any, cast
 import msgspec
 import uvloop
 
-from disaggworker.router.app import serving
+from disaggworker.router.app import serving, settle
 from disaggworker.router.config import Config
 from disaggworker.router.fleet import Seen
 
@@ -133,6 +133,7 @@ async def engine(pipe: Connection) -> None:
 
 
 async def ours(pipe: Connection) -> None:
+    settle()  # as its own process does
     config = Config("ns", "bench", MODEL, 4096, 1.0, 1.0, HOST, PORTS["ours"])
     async with serving(config) as made:
         prefill, decode = (f"http://{HOST}:{PORTS[name]}" for name in ("prefill", "direct"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disaggworker.router.upstream import Broken, Unreachable, Upstreams, _Connection
+from disaggworker.router.upstream import Broken, Reply, Unreachable, Upstreams, _Connection
 from tests.wires import cut
 
 SIZES = st.lists(st.integers(1, 30), min_size=1)
@@ -129,6 +131,28 @@ def test_a_sinks_own_fault_reaches_who_waits() -> None:
         assert transport.aborted
 
     asyncio.run(run())
+
+
+def test_a_stream_leaves_nothing_to_the_garbage_collector() -> None:
+    def knowing(reply: Reply) -> Callable[[bytes], None]:
+        return lambda _: reply.resume()
+
+    async def run() -> None:
+        made, _, _ = connection()
+        reply = made.ask(b"")
+        made.data_received(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        gone, waits = weakref.ref(reply), asyncio.ensure_future(reply.stream(knowing(reply)))
+        await asyncio.sleep(0)
+        made.data_received(b"1\r\na\r\n0\r\n\r\n")
+        await waits
+        del reply, waits
+        assert gone() is None
+
+    gc.disable()
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------------------------------------- over sockets

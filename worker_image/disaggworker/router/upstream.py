@@ -29,6 +29,10 @@ _TCP_KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)
 Sink = Callable[[bytes], None]
 
 
+def _nowhere(_: bytes) -> None:
+    pass
+
+
 class UpstreamError(Exception):
     """One sentence on what became of the connection."""
 
@@ -78,8 +82,13 @@ class Reply:
             sink(b"".join(self._early))
             self._early.clear()
         self._sink = sink
-        while not self._ended:
-            await self._wait()
+        try:
+            while not self._ended:
+                await self._wait()
+        finally:
+            # A sink knows its reply, as a rule: of a ring, all of the request would wait for the garbage collector, and every
+            # stream for it.
+            self._sink = _nowhere
         if self._error:
             raise self._error
 
