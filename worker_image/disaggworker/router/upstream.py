@@ -1,7 +1,7 @@
 """HTTP/1.1 to the instances: POSTs over connections that are kept for the next one.
 
 A stream is thousands of small pieces, and aiohttp's client spends a reader, a future and a task's turn on each; here a piece
-goes from the socket to its sink in one call (what that saves: benchmarks/README.md).
+goes from the socket to its sink by calls alone (what that saves: benchmarks/README.md), when its stream's turn has come.
 
 What it does not do: TLS, redirects, compression, pipelining. What is no HTTP/1.1 ends the connection, and the answer with `Broken`.
 
