@@ -310,6 +310,12 @@ class _Connection(asyncio.Protocol):
     def _chunks(self, data: bytes) -> None:
         if self._rest:
             data = self._rest + data
+        line = data.find(b"\r\n")
+        if line > 0 and data[:line].isalnum() and 0 < int(data[:line], 16) == len(data) - line - 4:
+            self._rest = b""
+            if self._reply:
+                self._reply.take(data[line + 2 : -2])  # one chunk and nothing else, as nearly always
+            return
         pieces, at, last = [], 0, False
         while True:
             line = data.find(b"\r\n", at)
