@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disaggworker.router.upstream import Broken, Unreachable, Upstreams, _Connection
+from disaggworker.router.upstream import Broken, Reply, Unreachable, Upstreams, _Connection, _Turns
 from tests.wires import cut
 
 SIZES = st.lists(st.integers(1, 30), min_size=1)
@@ -44,7 +47,7 @@ class Transport:
 
 def connection() -> tuple[_Connection, Transport, list[_Connection]]:
     idle: list[_Connection] = []
-    made, transport = _Connection(idle), Transport()
+    made, transport = _Connection(idle, _Turns()), Transport()
     made.connection_made(transport)  # type: ignore[arg-type]
     return made, transport, idle
 
@@ -127,6 +130,71 @@ def test_a_sinks_own_fault_reaches_who_waits() -> None:
         with pytest.raises(KeyError):
             await waits
         assert transport.aborted
+
+    asyncio.run(run())
+
+
+def test_a_stream_leaves_nothing_to_the_garbage_collector() -> None:
+    def knowing(reply: Reply) -> Callable[[bytes], None]:
+        return lambda _: reply.resume()
+
+    async def run() -> None:
+        made, _, _ = connection()
+        reply = made.ask(b"")
+        made.data_received(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        gone, waits = weakref.ref(reply), asyncio.ensure_future(reply.stream(knowing(reply)))
+        await asyncio.sleep(0)
+        made.data_received(b"1\r\na\r\n0\r\n\r\n")
+        await waits
+        del reply, waits
+        assert gone() is None
+
+    gc.disable()
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()
+
+
+def streams(turns: _Turns, count: int) -> tuple[list[_Connection], list[int], list[asyncio.Task[None]]]:
+    """So many streams that have begun, where it is noted which of them was served, and who waits for their ends."""
+    made, served, waits = [], list[int](), []
+    for k in range(count):
+        connection = _Connection([], turns)
+        connection.connection_made(Transport())  # type: ignore[arg-type]
+        reply = connection.ask(b"")
+        connection.data_received(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        made.append(connection)
+        waits.append(asyncio.create_task(reply.stream(lambda _, k=k: served.append(k))))  # type: ignore[misc]
+    return made, served, waits
+
+
+def test_streams_take_turns_and_what_is_new_waits_for_a_few_of_them() -> None:
+    async def run() -> None:
+        made, served, _waits = streams(_Turns(), 30)
+        await asyncio.sleep(0)
+        for connection in (*made, *made):
+            connection.data_received(b"1\r\na\r\n")
+        assert not served
+        seen = [0]
+        while len(served) < len(made):
+            await asyncio.sleep(0)
+            seen.append(len(served))
+        assert max(after - before for before, after in pairwise(seen)) == 4
+        assert served == list(range(30))  # two pieces that waited together are passed on together
+
+    asyncio.run(run())
+
+
+def test_what_waits_for_its_turn_is_not_lost_with_the_connection() -> None:
+    async def run() -> None:
+        (made,), served, (waits,) = streams(_Turns(), 1)
+        await asyncio.sleep(0)
+        made.data_received(b"1\r\na\r\n")
+        made.connection_lost(None)
+        with pytest.raises(Broken):
+            await waits
+        assert served == [0]
 
     asyncio.run(run())
 

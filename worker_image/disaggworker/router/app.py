@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import time
 import uuid
@@ -123,6 +124,13 @@ async def serving(config: Config) -> AsyncIterator[Router]:
         router.loads.close()
         await runner.cleanup()
         upstreams.close()
+
+
+def settle() -> None:
+    """For a process that does nothing else. What is loaded by now stays: no collection need walk it again (60,000 objects, 40 ms)
+    while every stream waits."""
+    gc.collect()
+    gc.freeze()
 
 
 @web.middleware

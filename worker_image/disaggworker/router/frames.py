@@ -69,9 +69,13 @@ class Frames:
     def _named(self, frame: bytes, at: int) -> bytes:
         end = frame.index(b"]", at)
         named = frame[at + len(_IDS) : end]
-        ids = list(map(int, named.split(b","))) if named else []
-        self.ids += ids
-        self.tokens += len(ids)
+        if named.isdigit():  # one, as nearly always
+            self.ids.append(int(named))
+            self.tokens += 1
+        elif named:
+            ids = list(map(int, named.split(b",")))
+            self.ids += ids
+            self.tokens += len(ids)
         if _FINISHED[0] in frame or _FINISHED[1] in frame:
             self.finished = True
         if not self._hide:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -13,7 +12,7 @@ import sys
 import uvloop
 
 from disaggworker.router import config as configuration
-from disaggworker.router.app import serving
+from disaggworker.router.app import serving, settle
 from disaggworker.router.config import Config
 from disaggworker.router.discovery import Discovery
 
@@ -29,9 +28,7 @@ def run(argv: list[str]) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    # What is loaded by now stays: no collection need walk it again (60,000 objects), while every stream waits.
-    gc.collect()
-    gc.freeze()
+    settle()
     try:
         uvloop.run(_serve(config))
     except OSError as error:

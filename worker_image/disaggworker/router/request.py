@@ -115,11 +115,11 @@ _decode = msgspec.json.Decoder(float_hook=_finite).decode
 def _object(raw: bytes) -> dict[str, Any]:
     try:
         body = deeper = _decode(raw)
-        for _ in range(_MARGIN):
-            deeper = [deeper]
-        msgspec.json.encode(
-            deeper
-        )  # what cannot be said again, however deep in the stack, cannot be passed on
+        if raw.count(b"[") + raw.count(b"{") > _MARGIN:
+            # What cannot be said again, however deep in the stack, cannot be passed on: nothing but nesting makes it so.
+            for _ in range(_MARGIN):
+                deeper = [deeper]
+            msgspec.json.encode(deeper)
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
         raise WrongRequest(f"the body is not JSON that can be read: {error}") from None
     if not isinstance(body, dict):

@@ -1,7 +1,7 @@
 """HTTP/1.1 to the instances: POSTs over connections that are kept for the next one.
 
 A stream is thousands of small pieces, and aiohttp's client spends a reader, a future and a task's turn on each; here a piece
-goes from the socket to its sink in one call (what that saves: benchmarks/README.md).
+goes from the socket to its sink by calls alone (what that saves: benchmarks/README.md), when its stream's turn has come.
 
 What it does not do: TLS, redirects, compression, pipelining. What is no HTTP/1.1 ends the connection, and the answer with `Broken`.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import cast
 from urllib.parse import urlsplit
@@ -23,10 +23,15 @@ _KEEPALIVE_S = (
     4.0  # below the shortest of the engines' own (uvicorn's 5 s): a POST on a closed connection is lost
 )
 _HEAD_BYTES = 64 * 1024
+_AT_ONCE = 4  # streams that are served before the sockets are looked at again: some 0.1 ms
 # There is no time limit on answers, so TCP itself must find out that a node is gone: 25 s.
 _TCP_KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 
 Sink = Callable[[bytes], None]
+
+
+def _nowhere(_: bytes) -> None:
+    pass
 
 
 class UpstreamError(Exception):
@@ -77,9 +82,16 @@ class Reply:
         if self._early:
             sink(b"".join(self._early))
             self._early.clear()
+        if not self._ended:
+            self._connection.takes_turns()
         self._sink = sink
-        while not self._ended:
-            await self._wait()
+        try:
+            while not self._ended:
+                await self._wait()
+        finally:
+            # A sink knows its reply, as a rule: of a ring, all of the request would wait for the garbage collector, and every
+            # stream for it.
+            self._sink = _nowhere
         if self._error:
             raise self._error
 
@@ -129,13 +141,37 @@ class Reply:
             self._waiter.set_result(None)
 
 
+class _Turns:
+    """Streams of which a piece is here, first come, first served, a few and then whatever else is to be done.
+
+    Many streams' pieces come in one look at the sockets. A new request, or the answer that has its first token, does not wait
+    until all of them are passed on: at each of its steps it waits for a few at most.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[_Connection] = deque()
+
+    def add(self, connection: _Connection) -> None:
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._some)
+        self._waiting.append(connection)
+
+    def _some(self) -> None:
+        for _ in range(min(_AT_ONCE, len(self._waiting))):
+            self._waiting.popleft().turn()
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._some)
+
+
 class _Connection(asyncio.Protocol):
     """One connection, one answer at a time. `_parse` is what the next bytes are for."""
 
     transport: asyncio.Transport
 
-    def __init__(self, idle: list[_Connection]) -> None:
-        self._idle = idle
+    def __init__(self, idle: list[_Connection], turns: _Turns) -> None:
+        self._idle, self._turns = idle, turns
+        self._takes_turns = False
+        self._waiting = b""  # for its turn
         self._reply: Reply | None = None
         self._rest = b""
         self._left = 0  # bytes of a body of known length
@@ -147,9 +183,13 @@ class _Connection(asyncio.Protocol):
 
     def ask(self, request: bytes) -> Reply:
         self._reply = reply = Reply(self)
-        self._rest, self._parse, self.heard = b"", self._head, False
+        self._rest, self._parse, self.heard, self._takes_turns = b"", self._head, False, False
         self.transport.write(request)
         return reply
+
+    def takes_turns(self) -> None:
+        """Until the answer's end: the rest of it is in no hurry."""
+        self._takes_turns = True
 
     def pause(self, pause: bool) -> None:
         if pause != self._paused:
@@ -170,6 +210,19 @@ class _Connection(asyncio.Protocol):
             self.transport.abort()  # said without being asked: whose answer would it be?
             return
         self.heard = True
+        if not self._takes_turns:
+            self._feed(data)
+            return
+        if not self._waiting:
+            self._turns.add(self)
+        self._waiting += data
+
+    def turn(self) -> None:
+        data, self._waiting = self._waiting, b""
+        if data and self._reply is not None:
+            self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
         try:
             self._parse(data)
         except Exception as error:
@@ -178,6 +231,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
+        self.turn()
         if self in self._idle:
             self._idle.remove(self)
         if self._parse == self._until_close and exc is None:
@@ -256,6 +310,12 @@ class _Connection(asyncio.Protocol):
     def _chunks(self, data: bytes) -> None:
         if self._rest:
             data = self._rest + data
+        line = data.find(b"\r\n")
+        if line > 0 and data[:line].isalnum() and 0 < int(data[:line], 16) == len(data) - line - 4:
+            self._rest = b""
+            if self._reply:
+                self._reply.take(data[line + 2 : -2])  # one chunk and nothing else, as nearly always
+            return
         pieces, at, last = [], 0, False
         while True:
             line = data.find(b"\r\n", at)
@@ -287,6 +347,7 @@ class Upstreams:
     def __init__(self, connect_timeout_s: float, named: str) -> None:
         self._connect_timeout_s, self._named = connect_timeout_s, named
         self._idle: defaultdict[str, list[_Connection]] = defaultdict(list)
+        self._turns = _Turns()
 
     async def get(self, url: str, path: str) -> Reply:
         """As `post`."""
@@ -349,7 +410,7 @@ class Upstreams:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(idle), at.hostname or "", at.port or 80
+                    lambda: _Connection(idle, self._turns), at.hostname or "", at.port or 80
                 )
         except TimeoutError:
             raise Unreachable(f"no connection to {url} within {self._connect_timeout_s:g} s") from None
