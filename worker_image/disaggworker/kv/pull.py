@@ -26,7 +26,7 @@ from disaggserve.wire import VERSION
 from disaggworker.errors import Corrupted, HandoffGone, NotPaired, PeerLost, TransferError
 from disaggworker.kv.blocks import BLOCK_TOKENS, blocks_for
 from disaggworker.kv.pool import Ints, Pool
-from disaggworker.kv.serve import READABLE, checksums
+from disaggworker.kv.serve import checksums
 from disaggworker.kv.transport import OneSided, Place, Source, ends, shifted
 
 _ANSWER_S = 10.0  # a prefill worker answers between two polls; longer means that it hangs or is cut off
@@ -182,7 +182,7 @@ class Puller:
 
     def _begin(self, handoff: protocol.Handoff, at: Address) -> _Part:
         line = self._lines.get(at)
-        if line is None or line.lost or line.monitor.get(zmq.EVENTS) & READABLE:
+        if line is None or line.lost or line.monitor.poll(0):
             if line:
                 line.close()
             line = self._lines[at] = _Line(self._context, at)

@@ -26,7 +26,6 @@ _TICK_S = 0.1  # how late the end of a lease may be noticed
 _EARLY_S = 2.0  # how long a rank waits for rank 0's word of a hand-off that is pulled before it
 _LONGEST_QUESTION = 1 << 16  # bytes
 _MOST_CREDIT = 64  # pieces; more that a puller asks for are not sent at once
-READABLE = int(zmq.POLLIN)  # pyzmq's own flags are slow: enums
 _KEPT = 10  # buffers of a piece each: those on their way, and those that are gathered and let go of meanwhile
 
 
@@ -149,10 +148,7 @@ class KVServer:
                 busy = any(sending.credit for sending in self._sendings.values())
                 # A rank is told of a hand-off within microseconds of its answer: looking often is looking seldom.
                 wait_s = 0.0 if busy else 0.001 if self._early else _TICK_S
-                # A poll costs ten times what the look at one socket does.
-                if self._socket.get(zmq.EVENTS) & READABLE or (
-                    wait_s and self._socket.poll(int(1000 * wait_s))
-                ):
+                if self._socket.poll(int(1000 * wait_s)):
                     self._hear()
                 for sending in list(self._sendings.values()):
                     if sending.credit:
@@ -186,7 +182,8 @@ class KVServer:
             return self._gone(peer, ask)
         if isinstance(ask, protocol.Release):
             self.drop(ask.handoff)
-        return self._send(peer, protocol.Done(ask=ask.ask))
+        self._send(peer, protocol.Done(ask=ask.ask))
+        return None
 
     def _retry(self, now: float) -> None:
         early, self._early = self._early, []
@@ -296,5 +293,5 @@ def checksums(pool: Pool, held: Place, place: Place, blocks: Ints) -> list[int]:
     sums = []
     for layer in place.layers:
         pool.take(layer - held.layers.start, blocks, shifted(place.heads, held), buffer)
-        sums.append(zlib.crc32(buffer))
+        sums.append(zlib.crc32(buffer.data))
     return sums
