@@ -5,8 +5,9 @@
 Server and puller are processes. The blocks of a transfer are scattered over the pools of both, 128 KB each in one layer, as a
 13B model's KV heads on two GPUs. Against
 
-* zmq: a bare pyzmq DEALER that receives, and drops, as many messages of the same sizes from a ROUTER that sends them from
-  memory without a copy. Ours, beyond that, gathers each piece from blocks and writes it to blocks;
+* zmq: a bare pyzmq DEALER that receives the same bytes, 1 MB a message, from a ROUTER that sends them from memory without a
+  copy, all at once. It drops them; "landed", it has them in memory of its own afterwards, one after another. Ours, beyond that,
+  gathers each piece from blocks, writes it to blocks, and sends no more than the puller has room for;
 * nixl: one READ of the same bytes, in one piece on both sides, prepared once, by the same agents;
 * shm: a memcpy of the same bytes in the puller.
 
@@ -39,9 +40,12 @@ from disaggworker.kv.serve import KVServer
 from disaggworker.kv.shm import Shm
 from disaggworker.kv.transport import OneSided
 
+Pair = tuple[tuple[float, float], tuple[float, float]]  # seconds and CPU seconds: ours, bare
+
 HOST, PORT, KEY = "127.0.0.1", 5600, "bench"
 HEADS, HEAD_DIM = 16, 128  # a block's keys and values in one layer: 128 KB in float16
 BLOCK_BYTES = 2 * HEADS * BLOCK_TOKENS * HEAD_DIM * 2
+MESSAGE_BYTES = 1 << 20
 
 
 def shape(megabytes: float) -> tuple[int, int]:
@@ -49,6 +53,13 @@ def shape(megabytes: float) -> tuple[int, int]:
     total = max(1, round(megabytes * 2**20 / BLOCK_BYTES))
     layers = max(1, min(32, total // 2))
     return layers, max(1, total // layers)
+
+
+def message_edges(megabytes: float) -> list[int]:
+    """Where the bare messages of a transfer begin, and where the last one ends."""
+    layers, blocks = shape(megabytes)
+    whole = layers * blocks * BLOCK_BYTES
+    return [*range(0, whole, MESSAGE_BYTES), whole]
 
 
 def a_pool(megabytes: float, shared: bool) -> Pool:
@@ -84,10 +95,8 @@ def serve(pipe: Connection, way: str, megabytes: float, port: int) -> None:
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.bind(f"tcp://{HOST}:{port + 1}")
-    layers, count = shape(megabytes)
-    sizes = [len(c.layers) * c.blocks * BLOCK_BYTES for c in protocol.pieces((0, layers), count, BLOCK_BYTES)]
-    memory = np.ones(sum(sizes), np.uint8).data
-    edges = [0, *itertools.accumulate(sizes)]
+    edges = message_edges(megabytes)
+    memory = np.ones(edges[-1], np.uint8).data
     pipe.send(None)
     while True:
         if pipe.poll():
@@ -100,19 +109,25 @@ def serve(pipe: Connection, way: str, megabytes: float, port: int) -> None:
                 socket.send_multipart([peer, b"head", memory[start:stop]], copy=False)
 
 
-def bare_zmq(port: int, megabytes: float) -> Callable[[], None]:
+def bare_zmq(port: int, megabytes: float, landed: bool) -> Callable[[], None]:
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(f"tcp://{HOST}:{port + 1}")
-    layers, count = shape(megabytes)
-    messages = len([*protocol.pieces((0, layers), count, BLOCK_BYTES)])
+    edges = message_edges(megabytes)
+    memory = np.ones(edges[-1], np.uint8).data
 
-    def once() -> None:
+    def drop() -> None:
         socket.send(b"go")
-        for _ in range(messages):
+        for _ in edges[1:]:
             socket.recv_multipart(copy=False)
 
-    return once
+    def land() -> None:
+        socket.send(b"go")
+        for start, stop in itertools.pairwise(edges):
+            socket.recv()
+            socket.recv_into(memory[start:stop])
+
+    return land if landed else drop
 
 
 def bare_memcpy(megabytes: float) -> Callable[[], None]:
@@ -179,32 +194,35 @@ def measure(way: str, megabytes: float, rounds: int, port: int) -> str:
         puller = Puller(KEY, a_pool(megabytes, shared=False), ways=ways(way))
         pulled = puller.pull(handoff, blocks)
         assert pulled.ways == {way}, pulled.ways
-        bare = (
-            bare_nixl(puller, port, megabytes)
+        bare: dict[str, Callable[[], None]] = (
+            {"": bare_nixl(puller, port, megabytes)}
             if way == "nixl"
-            else bare_memcpy(megabytes)
+            else {"": bare_memcpy(megabytes)}
             if way == "shm"
-            else bare_zmq(port, megabytes)
+            else {name: bare_zmq(port, megabytes, bool(name)) for name in ("", "landed")}
         )
-        bare()
-        took: list[tuple[tuple[float, float], tuple[float, float]]] = []
+        for work in bare.values():
+            work()
+        took: dict[str, list[Pair]] = {name: [] for name in bare}
         for _ in range(rounds):
-            took.append((timed(lambda: puller.pull(handoff, blocks), pipe), timed(bare, pipe)))
+            ours = timed(lambda: puller.pull(handoff, blocks), pipe)
+            for name, work in bare.items():
+                took[name].append((ours, timed(work, pipe)))
         puller.close()
     finally:
         pipe.send(False)
         process.join(10)
         process.kill()
-    return row(way, pulled.kv_bytes, took)
+    return "\n".join(row(way, name, pulled.kv_bytes, pairs) for name, pairs in took.items())
 
 
-def row(way: str, size: int, took: Sequence[tuple[tuple[float, float], tuple[float, float]]]) -> str:
+def row(way: str, bare_is: str, size: int, took: Sequence[Pair]) -> str:
     ours, bare = (statistics.median(pair[i][0] for pair in took) for i in (0, 1))
     ours_cpu, bare_cpu = (sum(pair[i][1] for pair in took) / len(took) / size * 1e9 for i in (0, 1))
     ratios = sorted(b[0] / o[0] for o, b in took)
     low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
     return (
-        f"{way:5} {size / 2**20:8.2f} MB {size / ours / 1e9:8.2f} {size / bare / 1e9:8.2f} GB/s {bare / ours:7.0%} "
+        f"{way:5} {bare_is:6} {size / 2**20:8.2f} MB {size / ours / 1e9:8.2f} {size / bare / 1e9:8.2f} GB/s {bare / ours:7.0%} "
         f"(quartiles {low:.0%} to {high:.0%}) {ours_cpu:6.2f} {bare_cpu:6.2f} CPU-s/GB"
     )
 
@@ -218,7 +236,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=["zmq", "shm"], choices=["zmq", "shm", "nixl"])
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'way':5} {'size':>11} {'ours':>8} {'bare':>8}      bare time / ours")
+    print(f"{'way':5} {'bare':6} {'size':>11} {'ours':>8} {'bare':>8}      bare time / ours")
     for number, (way, megabytes) in enumerate(itertools.product(flags.ways, flags.mb)):
         print(measure(way, megabytes, flags.rounds, PORT + 10 * number), flush=True)
 

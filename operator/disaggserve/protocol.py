@@ -221,8 +221,9 @@ Question = Renew | Pull | More | Release
 Answer = Granted | Piece | Done | Refused
 
 PIECE_BYTES = (
-    1 << 20
-)  # about as much as fits a processor's own cache, in which a piece is gathered, sent and written
+    1 << 23
+)  # at most. A piece costs a few hundred µs beside its bytes: Python out of a cold cache, and threads that wake
+_PIECES = 16  # of a transfer where none is then smaller than a quarter of that: one is gathered while others are sent and written
 
 
 class Cut(NamedTuple):
@@ -242,12 +243,14 @@ def pieces(layers: tuple[int, int], blocks: int, block_bytes: int) -> Iterator[C
     start, stop = layers
     if not blocks or not block_bytes:
         return
-    together = PIECE_BYTES // (blocks * block_bytes)
+    whole = (stop - start) * blocks * block_bytes
+    size = min(PIECE_BYTES, max(PIECE_BYTES // 4, whole // _PIECES))
+    together = size // (blocks * block_bytes)
     if together:
         for layer in range(start, stop, together):
             yield Cut(range(layer, min(layer + together, stop)), 0, blocks)
         return
-    count = max(1, PIECE_BYTES // block_bytes)
+    count = max(1, size // block_bytes)
     for layer in range(start, stop):
         for first in range(0, blocks, count):
             yield Cut(range(layer, layer + 1), first, min(count, blocks - first))

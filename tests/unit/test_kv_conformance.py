@@ -591,11 +591,11 @@ def test_a_byte_flipped_on_the_way_is_found(transport: protocol.Way, monkeypatch
             here.pull(handoff, MINE)
 
 
-def _flipping(send: Callable[..., None]) -> Callable[..., None]:
-    def flip(peer: bytes, message: protocol.Answer, *frames: memoryview) -> None:
+def _flipping(send: Callable[..., object]) -> Callable[..., object]:
+    def flip(peer: bytes, message: protocol.Answer, *frames: memoryview) -> object:
         for frame in frames:
             frame[7] ^= 1
-        send(peer, message, *frames)
+        return send(peer, message, *frames)
 
     return flip
 

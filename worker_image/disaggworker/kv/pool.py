@@ -20,6 +20,7 @@ _CPU_POOL_BYTES = 1 << 30  # KV memory on a CPU where nobody says how many block
 _GPU_SHARE = 0.9  # of the memory that is free after the weights
 
 Ints = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
 
 TOKEN_BYTES = 16
 NORESERVE = getattr(mmap, "MAPNORESERVE", 0)
@@ -74,33 +75,36 @@ class Pages:
         self._whole = [[_bytes(t, self.kv_heads * self.unit) for t in pair] for pair in pairs]
         self._single = [[_bytes(t, self.unit) for t in pair] for pair in pairs]
 
-    def take(self, layer: int, blocks: Ints, heads: range, out: Tensor) -> None:
+    def take(self, layer: int, blocks: Ints, heads: range, out: Bytes) -> None:
         """Copy these heads of these blocks to `out`, bytes `[2, len(blocks), len(heads) × unit]`; keys come first."""
         tables, index = self._at(layer, blocks, heads)
-        for table, part in zip(tables, out.view(2, len(index), -1), strict=True):
-            if self.device.type == "cpu":
-                # torch's own index_select and index_copy_ are up to ten times slower on bytes.
-                np.take(table.numpy(), index, 0, out=part.numpy(), mode="clip")
+        for table, part in zip(tables, out.reshape(2, len(index), -1), strict=True):
+            if isinstance(table, np.ndarray):
+                np.take(table, index, 0, out=part, mode="clip")
             else:
-                part.copy_(table.index_select(0, torch.from_numpy(index).to(self.device)))
+                picked = table.index_select(0, torch.from_numpy(index).to(self.device))
+                torch.from_numpy(part).copy_(picked)
 
-    def put(self, layer: int, blocks: Ints, heads: range, data: Tensor) -> None:
+    def put(self, layer: int, blocks: Ints, heads: range, data: Bytes) -> None:
         """The reverse of `take`."""
         tables, index = self._at(layer, blocks, heads)
-        for table, part in zip(tables, data.view(2, len(index), -1), strict=True):
-            if self.device.type == "cpu":
-                table.numpy()[index] = part.numpy()
+        for table, part in zip(tables, data.reshape(2, len(index), -1), strict=True):
+            if isinstance(table, np.ndarray):
+                table[index] = part
             else:
-                table.index_copy_(0, torch.from_numpy(index).to(self.device), part.to(self.device))
+                given = torch.from_numpy(part).to(self.device)
+                table.index_copy_(0, torch.from_numpy(index).to(self.device), given)
 
-    def _at(self, layer: int, blocks: Ints, heads: range) -> tuple[list[Tensor], Ints]:
+    def _at(self, layer: int, blocks: Ints, heads: range) -> tuple[list[Bytes | Tensor], Ints]:
         if len(heads) == self.kv_heads:
             return self._whole[layer], blocks
         return self._single[layer], (blocks[:, None] * self.kv_heads + np.asarray(heads)).reshape(-1)
 
 
-def _bytes(tensor: Tensor, row: int) -> Tensor:
-    return tensor.view(-1).view(torch.uint8).view(-1, row)
+def _bytes(tensor: Tensor, row: int) -> Bytes | Tensor:
+    """As rows; on a CPU numpy's: torch's own index_select and index_copy_ are up to ten times slower on bytes."""
+    rows = tensor.view(-1).view(torch.uint8).view(-1, row)
+    return rows.numpy() if rows.device.type == "cpu" else rows
 
 
 class Shared(NamedTuple):

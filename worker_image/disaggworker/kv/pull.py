@@ -30,11 +30,11 @@ from disaggworker.kv.serve import checksums
 from disaggworker.kv.transport import OneSided, Place, Source, ends, shifted
 
 _ANSWER_S = 10.0  # a prefill worker answers between two polls; longer means that it hangs or is cut off
-_CREDIT = (
-    8  # pieces on their way: enough to keep two processes busy, few enough to stay in a processor's cache
-)
+_CREDIT = 8  # pieces on their way: enough to keep two processes busy
 
 _ERRORS = {"expired": HandoffGone, "pairing": NotPaired, "version": NotPaired, "malformed": TransferError}
+_FREED_BYTES = 24 << 20  # glibc learns from up to 32 MB
+_NOW = int(zmq.NOBLOCK)
 _ENDED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CLOSED
 
 Address = tuple[str, int]
@@ -135,6 +135,8 @@ class Puller:
         self._lines: dict[Address, _Line] = {}
         self._asks = itertools.count(1)
         self._dtype = str(pool.dtype).removeprefix("torch.")
+        # Until so much was freed at once, glibc gives what pieces came in back to the kernel, and pays for every page again.
+        np.empty(_FREED_BYTES, np.uint8)
 
     def pull(
         self, handoff: protocol.Handoff, blocks: Sequence[int], stop: Callable[[], bool] = lambda: False
@@ -153,18 +155,20 @@ class Puller:
         heard_s = time.monotonic()
         with torch.inference_mode():
             while not all(part.done for part in parts):
-                ready = dict(poller.poll(100))
                 if stop():
                     raise TransferError(f"The pull of hand-off {handoff.handoff!r} was given up.")
+                # A poll of all is only for when there is nothing left to take.
+                taken = [self._take(handoff, part, index) for part in parts if not part.done]
+                if any(taken):
+                    heard_s = time.monotonic()
+                    continue
+                ready = dict(poller.poll(100))
                 if time.monotonic() - heard_s > _ANSWER_S:
                     late = next(part.line for part in parts if not part.done)
                     late.lost = True
                     raise _lost(late.at)
                 for part in parts:
-                    if part.line.socket in ready and not part.done:
-                        self._take(handoff, part, index)
-                        heard_s = time.monotonic()
-                    elif part.line.monitor in ready:
+                    if part.line.monitor in ready and part.line.socket not in ready:
                         part.line.lost = True
                         if not part.done:
                             raise _lost(part.line.at)
@@ -201,9 +205,20 @@ class Puller:
         )
         part.line.socket.send(protocol.encode(pull))
 
-    def _take(self, handoff: protocol.Handoff, part: _Part, blocks: Ints) -> None:
-        """One message of a rank."""
-        head, *frames = part.line.socket.recv_multipart(copy=False)
+    def _take(self, handoff: protocol.Handoff, part: _Part, blocks: Ints) -> bool:
+        """One message of a rank, if there is one."""
+        try:
+            frames = [part.line.socket.recv(_NOW, copy=False)]
+        except zmq.Again:
+            return False
+        while frames[-1].more:
+            frames.append(part.line.socket.recv(copy=False))
+        self._heard(handoff, part, blocks, *frames)
+        return True
+
+    def _heard(
+        self, handoff: protocol.Handoff, part: _Part, blocks: Ints, head: zmq.Frame, *frames: zmq.Frame
+    ) -> None:
         answer = _read(head, part.line.at)
         if answer.ask != part.ask:
             return None  # of a pull that was given up
@@ -249,7 +264,7 @@ class Puller:
             raise TransferError(f"A piece of KV has {len(frame)} bytes, not {len(cut.layers) * size}.")
         if self._checksum and zlib.crc32(frame) != piece.checksum:
             raise Corrupted("A piece of KV arrived otherwise than it was sent: its checksum does not fit.")
-        data = torch.frombuffer(frame, dtype=torch.uint8).view(len(cut.layers), size)
+        data = np.frombuffer(frame, np.uint8).reshape(len(cut.layers), size)
         at = blocks[cut.first : cut.first + cut.blocks]
         for layer, bytes_ in zip(cut.layers, data, strict=True):
             self._pool.put(layer - self._place.layers.start, at, heads, bytes_)
@@ -289,12 +304,14 @@ class Puller:
         """All of it is there. Raises `TransferError`."""
         if self._pool.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        cells = {(layer, head) for part in parts for layer in part.place.layers for head in part.place.heads}
-        whole = len(self._place.layers) * len(self._place.heads)
-        if len(cells) != whole:
-            raise TransferError(
-                f"The prefill instance holds {len(cells)} of the {whole} layers × KV heads that are needed."
-            )
+        mine = self._place
+        if all(part.place != mine for part in parts):
+            cells = {(layer, head) for p in parts for layer in p.place.layers for head in p.place.heads}
+            whole = len(mine.layers) * len(mine.heads)
+            if len(cells) != whole:
+                raise TransferError(
+                    f"The prefill instance holds {len(cells)} of the {whole} layers × KV heads that are needed."
+                )
         granted = [part.granted for part in parts if part.granted]
         tokens = next((answer.tokens for answer in granted if answer.tokens), [])
         if len(tokens) != handoff.kv_tokens:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import msgspec
+import numpy as np
 import torch
 import zmq
 
@@ -18,13 +19,14 @@ from disaggserve.wire import VERSION
 from disaggworker.errors import StartError
 from disaggworker.kv.blocks import BLOCK_TOKENS
 from disaggworker.kv.leases import Lease, Leases
-from disaggworker.kv.pool import Ints, Pool
+from disaggworker.kv.pool import Bytes, Ints, Pool
 from disaggworker.kv.transport import OneSided, Place, ends, shifted
 
 _TICK_S = 0.1  # how late the end of a lease may be noticed
 _EARLY_S = 2.0  # how long a rank waits for rank 0's word of a hand-off that is pulled before it
 _LONGEST_QUESTION = 1 << 16  # bytes
 _MOST_CREDIT = 64  # pieces; more that a puller asks for are not sent at once
+_KEPT = 10  # buffers of a piece each: those on their way, and those that are gathered and let go of meanwhile
 
 
 class _Sending:
@@ -34,18 +36,26 @@ class _Sending:
         self.peer, self.ask, self.place = peer, ask, place
         self.cuts = deque(cuts)
         self.credit = min(ask.credit, _MOST_CREDIT)
-        # What was sent `credit` pieces ago has arrived: its memory is used again.
-        self._buffers: deque[torch.Tensor] = deque()
-        self._width = self.credit
 
-    def buffer(self, size: int) -> torch.Tensor:
-        """Memory for a piece."""
-        if len(self._buffers) == self._width and len(self._buffers[0]) >= size:
-            buffer = self._buffers.popleft()
-        else:
-            buffer = torch.empty(size, dtype=torch.uint8)
-        self._buffers.append(buffer)
-        return buffer[:size]
+
+class _Buffers:
+    """Memory for pieces. Used again once ZeroMQ has sent what is in it: new memory costs page faults, and more than the copy."""
+
+    def __init__(self) -> None:
+        self._lent: deque[tuple[zmq.MessageTracker, Bytes]] = deque()
+
+    def take(self, size: int) -> Bytes:
+        """At least so many bytes."""
+        if self._lent and self._lent[0][0].done:
+            _, buffer = self._lent.popleft()
+            if len(buffer) >= size:
+                return buffer
+        return np.empty(max(size, protocol.PIECE_BYTES), np.uint8)
+
+    def lend(self, buffer: Bytes, tracker: zmq.MessageTracker) -> None:
+        """It is being sent."""
+        if len(self._lent) < _KEPT:
+            self._lent.append((tracker, buffer))
 
 
 class KVServer:
@@ -73,6 +83,7 @@ class KVServer:
         self._ways = {way.way: way for way in ways}
         self._memories: dict[protocol.Way, protocol.Memory | None] = {}
         self._sendings: dict[tuple[bytes, int], _Sending] = {}
+        self._buffers = _Buffers()
         self._early: list[tuple[float, bytes, protocol.Pull]] = []
         self._pool: Pool | None = None
         self._closed = threading.Event()
@@ -132,6 +143,7 @@ class KVServer:
     def _run(self) -> None:
         torch.set_num_threads(1)
         with torch.inference_mode():
+            look_s = 0.0  # at the leases, again
             while not self._closed.is_set():
                 busy = any(sending.credit for sending in self._sendings.values())
                 # A rank is told of a hand-off within microseconds of its answer: looking often is looking seldom.
@@ -142,8 +154,11 @@ class KVServer:
                     if sending.credit:
                         self._send_piece(sending)
                 now = time.monotonic()
-                self._retry(now)
-                self.leases.expire(now)
+                if self._early:
+                    self._retry(now)
+                if not busy or now >= look_s:
+                    self.leases.expire(now)
+                    look_s = now + _TICK_S
 
     def _hear(self) -> None:
         peer, *frames = self._socket.recv_multipart()
@@ -167,7 +182,8 @@ class KVServer:
             return self._gone(peer, ask)
         if isinstance(ask, protocol.Release):
             self.drop(ask.handoff)
-        return self._send(peer, protocol.Done(ask=ask.ask))
+        self._send(peer, protocol.Done(ask=ask.ask))
+        return None
 
     def _retry(self, now: float) -> None:
         early, self._early = self._early, []
@@ -217,28 +233,33 @@ class KVServer:
 
     def _send_piece(self, sending: _Sending) -> None:
         ask, cut = sending.ask, sending.cuts[0]
+        assert self._pool is not None
+        size = len(cut.layers) * 2 * cut.blocks * len(sending.place.heads) * self._pool.unit
+        buffer = self._buffers.take(size)
         with self.leases.reading(ask.handoff, ask.generation) as lease:
-            frame = self._gathered(sending, cut, lease) if lease else None
-        if frame is None:
+            if lease:
+                self._gather(sending.place, cut, lease, buffer[:size])
+        if lease is None:
             del self._sendings[sending.peer, ask.ask]
             return self._gone(sending.peer, ask)
         sending.credit -= 1
         sending.cuts.popleft()
         if not sending.cuts:
             del self._sendings[sending.peer, ask.ask]
+        frame = buffer.data[:size]
         checksum = zlib.crc32(frame) if ask.checksum else None
-        return self._send(sending.peer, protocol.Piece(ask=ask.ask, checksum=checksum), frame)
+        tracker = self._send(sending.peer, protocol.Piece(ask=ask.ask, checksum=checksum), frame)
+        if tracker:
+            self._buffers.lend(buffer, tracker)
+        return None
 
-    def _gathered(self, sending: _Sending, cut: protocol.Cut, lease: Lease) -> memoryview:
-        pool, place = self._pool, self._place
+    def _gather(self, place: Place, cut: protocol.Cut, lease: Lease, out: Bytes) -> None:
+        pool = self._pool
         assert pool is not None
-        heads = shifted(sending.place.heads, place)
-        size = 2 * cut.blocks * len(heads) * pool.unit
-        buffer = sending.buffer(len(cut.layers) * size)
+        heads = shifted(place.heads, self._place)
         blocks = lease.blocks[cut.first : cut.first + cut.blocks]
-        for layer, part in zip(cut.layers, buffer.view(len(cut.layers), size), strict=True):
-            pool.take(layer - place.layers.start, blocks, heads, part)
-        return buffer.numpy().data
+        for layer, part in zip(cut.layers, out.reshape(len(cut.layers), -1), strict=True):
+            pool.take(layer - self._place.layers.start, blocks, heads, part)
 
     def _gone(self, peer: bytes, ask: protocol.Renew | protocol.Pull | protocol.Release) -> None:
         reason = (
@@ -250,20 +271,27 @@ class KVServer:
     def _refuse(self, peer: bytes, ask: int, code: protocol.RefusalCode, reason: str) -> None:
         self._send(peer, protocol.Refused(ask=ask, code=code, reason=reason))
 
-    def _send(self, peer: bytes, message: protocol.Answer, *frames: memoryview) -> None:
+    def _send(self, peer: bytes, message: protocol.Answer, *frames: memoryview) -> zmq.MessageTracker | None:
+        """Says when ZeroMQ is done with the last of the frames, if there are any and the peer is."""
         try:
-            self._socket.send_multipart([peer, protocol.encode(message), *frames], copy=False)
+            self._socket.send(peer, zmq.SNDMORE)
+            if not frames:
+                self._socket.send(protocol.encode(message))
+                return None
+            self._socket.send(protocol.encode(message), zmq.SNDMORE)
+            return self._socket.send_multipart(frames, copy=False, track=True)
         except zmq.ZMQError:
             # The puller is gone. Its hand-off stays for the rest of the lease: somebody may pull it again.
             for key in [key for key in self._sendings if key[0] == peer]:
                 del self._sendings[key]
+            return None
 
 
 def checksums(pool: Pool, held: Place, place: Place, blocks: Ints) -> list[int]:
     """zlib.crc32 of each layer's keys and values, as one frame `[2, blocks, heads, block_tokens, head_dim]`."""
-    buffer = torch.empty(2 * len(blocks) * len(place.heads) * pool.unit, dtype=torch.uint8)
+    buffer = np.empty(2 * len(blocks) * len(place.heads) * pool.unit, np.uint8)
     sums = []
     for layer in place.layers:
         pool.take(layer - held.layers.start, blocks, shifted(place.heads, held), buffer)
-        sums.append(zlib.crc32(buffer.numpy().data))
+        sums.append(zlib.crc32(buffer.data))
     return sums

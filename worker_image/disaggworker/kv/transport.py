@@ -28,8 +28,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
+import numpy as np
+
 from disaggserve import protocol
 from disaggworker.kv.pool import Ints, Pages, Pool
+
+_CACHED_BYTES = 1 << 19  # fit a processor's own cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +93,17 @@ class PagesSource:
         self._theirs, self._there, self._pool, self._here = theirs, there, pool, here
 
     def read(self, ids: Ints, blocks: Ints, place: Place) -> None:
-        """Piece by piece, through a buffer that stays in the processor's cache."""
-        import torch
-
+        """Some blocks at a time, through a buffer that stays in the processor's cache."""
         unit = 2 * len(place.heads) * self._pool.unit
-        for cut in protocol.pieces(ends(place.layers), len(blocks), unit):
-            part = slice(cut.first, cut.first + cut.blocks)
-            buffer = torch.empty(cut.blocks * unit, dtype=torch.uint8, device=self._pool.device)
-            for layer in cut.layers:
-                self._theirs.take(
-                    layer - self._there.layers.start, ids[part], shifted(place.heads, self._there), buffer
-                )
-                self._pool.put(
-                    layer - self._here.layers.start, blocks[part], shifted(place.heads, self._here), buffer
-                )
+        some = max(1, _CACHED_BYTES // unit)
+        buffer = np.empty(some * unit, np.uint8)
+        theirs, mine = shifted(place.heads, self._there), shifted(place.heads, self._here)
+        for layer in place.layers:
+            for first in range(0, len(blocks), some):
+                part = slice(first, first + some)
+                data = buffer[: len(blocks[part]) * unit]
+                self._theirs.take(layer - self._there.layers.start, ids[part], theirs, data)
+                self._pool.put(layer - self._here.layers.start, blocks[part], mine, data)
 
     def close(self) -> None:
         """Nothing to do: the memory goes with the last tensor in it."""
