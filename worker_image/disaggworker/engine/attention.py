@@ -81,7 +81,7 @@ class _Chunk:
         self._pool, self._seen = pool, seen
         self._pairs = _pairs(pool, table)
         place = torch.arange(seen, device=pool.device)
-        self._mask = place[None, :] <= place[-count:, None]
+        self._mask = _added(place[None, :] <= place[-count:, None], pool.dtype)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pool = self._pool
@@ -104,14 +104,19 @@ class _Single:
         self._pool = pool
         self._pairs = _pairs(pool, tables)
         mask = np.arange(tables.shape[1] * BLOCK_TOKENS)[None, :] < np.asarray(seen)[:, None]
-        self._mask = torch.from_numpy(mask[:, None, None, :]).to(pool.device)
+        self._mask = _added(torch.from_numpy(mask[:, None, None, :]).to(pool.device), pool.dtype)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pool, batch = self._pool, len(q)
         shape = (batch, pool.kv_heads, -1, pool.head_dim)
         keys, values = (part.view(shape) for part in pool.gather(layer, self._pairs))
-        # Heads of one group share their keys: the group becomes the query axis, and nothing is repeated.
-        out = scaled_dot_product_attention(q.reshape(shape), keys, values, attn_mask=self._mask)
+        if q.dtype != torch.float32:
+            # Short floats are multiplied by oneDNN, whose call costs more than so small a product: a dot product each is faster.
+            q = q[:, :, None]
+            out = scaled_dot_product_attention(q, keys, values, attn_mask=self._mask, enable_gqa=True)
+        else:
+            # Heads of one group share their keys: the group becomes the query axis, and nothing is repeated.
+            out = scaled_dot_product_attention(q.reshape(shape), keys, values, attn_mask=self._mask)
         return out.reshape(batch, -1)
 
 
@@ -122,6 +127,11 @@ def padded(step: Step) -> Ints:
     for row, table, width in zip(tables, step.blocks, widths, strict=True):
         row[:width] = table[:width]
     return tables
+
+
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as what is added to scores: given as truths, it would be made into that anew in every layer."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def _pairs(pool: Pool, tables: Ints) -> Tensor:

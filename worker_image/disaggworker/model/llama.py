@@ -12,23 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from disaggworker.engine.attention import Attend
 from disaggworker.errors import StartError
 from disaggworker.model import ops
+from disaggworker.model.linear import Linear, packed
 from disaggworker.model.share import WHOLE, Share
 from disaggworker.model.weights import Weights
-
-Affine = tuple[Tensor, Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    qkv: Affine
-    out: Affine
-    gate_up: Affine
-    down: Affine
+    qkv: Linear
+    out: Linear
+    gate_up: Linear
+    down: Linear
     attention_norm: Tensor
     ffn_norm: Tensor
     head_norms: tuple[Tensor, Tensor] | None  # of queries and keys, `[head_dim]` each: Qwen3
@@ -84,7 +83,9 @@ class Llama:
         if share.first:
             self._tokens = weights.take(table)
         if share.last:
-            self._head = self._tokens[own] if tied and share.first else weights.take(head, own)
+            # A table that is looked up stays in rows, and is not kept a second time.
+            both = tied and share.first
+            self._head = Linear(self._tokens[own], None) if both else packed(weights.take(head, own))
             self._final = weights.take("model.norm.weight")
         self._q, self._kv = share.part(heads, self.head_dim), _rows(self.kv_head_range, self.head_dim)
         self._ffn = share.part(ffn)
@@ -130,21 +131,21 @@ class Llama:
         branch: Tensor | None = None
         for number, layer in enumerate(self._layers):
             x, h = ops.add_rms_norm(x, branch, layer.attention_norm, epsilon)
-            h = linear(h, *layer.qkv).view(len(x), -1, self.head_dim)
+            h = layer.qkv(h).view(len(x), -1, self.head_dim)
             qk, v = h[:, :turned], h[:, turned:]
             if layer.head_norms:
                 parts = zip(torch.split_with_sizes(qk, heads, 1), layer.head_norms, strict=True)
                 qk = torch.cat([ops.rms_norm(part, weight, epsilon) for part, weight in parts], 1)
             q, k = torch.split_with_sizes(ops.rotate(qk, cos, sin), heads, 1)
-            branch = reduce(linear(attention(number, q, k, v), *layer.out))
+            branch = reduce(layer.out(attention(number, q, k, v)))
             x, h = ops.add_rms_norm(x, branch, layer.ffn_norm, epsilon)
-            branch = reduce(linear(ops.gated(linear(h, *layer.gate_up)), *layer.down))
+            branch = reduce(layer.down(ops.gated(layer.gate_up(h))))
         x = x if branch is None else x + branch
         if not self.share.last:
             return x
         if last is not None:
             x = x.index_select(0, last)
-        return linear(ops.add_rms_norm(x, None, self._final, epsilon)[1], self._head)
+        return self._head(ops.add_rms_norm(x, None, self._final, epsilon)[1])
 
 
 def _rows(heads: range, width: int) -> slice:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear, relu, silu
+from torch.nn.functional import layer_norm, silu
+
+from disaggworker.model.linear import Linear
 
 Affine = tuple[Tensor, Tensor | None]
 
@@ -14,8 +16,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     if x.is_cuda:
         return torch.rms_norm(x, weight.shape, weight, epsilon)
     wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * wide.to(x.dtype)
+    length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide * (length * length / x.shape[-1] + epsilon).rsqrt_()).to(x.dtype).mul_(weight)
 
 
 def add_rms_norm(x: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -45,8 +47,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         from disaggworker.cuda import kernels
 
         return kernels.rotate(x, cos, sin)
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat((-right, left), -1) * sin
+    half = x.shape[-1] // 2
+    turned, sin = x * cos, sin[..., :half]
+    turned[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    turned[..., half:].addcmul_(x[..., :half], sin)
+    return turned
 
 
 def gated(x: Tensor) -> Tensor:
@@ -56,11 +61,11 @@ def gated(x: Tensor) -> Tensor:
 
         return kernels.gated(x)
     gate, up = x.chunk(2, -1)
-    return silu(gate) * up
+    return silu(gate).mul_(up)
 
 
-def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_relu(x: Tensor, layer: Linear) -> Tensor:
     """relu(x·weightᵀ + bias)."""
-    if x.is_cuda and bias is not None:
-        return torch._addmm_activation(bias, x, weight.T)
-    return relu(linear(x, weight, bias))
+    if x.is_cuda and layer.bias is not None:
+        return torch._addmm_activation(layer.bias, x, layer.weight.T)
+    return layer(x).relu_()

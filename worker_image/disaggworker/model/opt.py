@@ -7,26 +7,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from disaggworker.engine.attention import Attend
 from disaggworker.model import ops
+from disaggworker.model.linear import Linear, packed
 from disaggworker.model.share import WHOLE, Share
 from disaggworker.model.weights import Weights
 
 _OFFSET = 2  # rows before the first position in OPT's table
 
-Affine = tuple[Tensor, Tensor | None]
-
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    qkv: Affine
-    out: Affine
-    up: Affine
-    down: Affine
-    attention_norm: Affine
-    ffn_norm: Affine
+    qkv: Linear
+    out: Linear
+    up: Linear
+    down: Linear
+    attention_norm: ops.Affine
+    ffn_norm: ops.Affine
 
 
 class OPT:
@@ -52,15 +51,17 @@ class OPT:
             self._positions = weights.take(base + "embed_positions.weight")
             self._project_in = self._optional(weights, base + "project_in")
         if share.last:
-            # Embeddings are tied.
-            self._head = self._tokens[own] if share.first else weights.take(base + "embed_tokens.weight", own)
+            # Embeddings are tied. A table that is looked up stays in rows, and is not kept a second time.
+            table = base + "embed_tokens.weight"
+            self._head = Linear(self._tokens[own], None) if share.first else packed(weights.take(table, own))
             self._project_out = self._optional(weights, base + "project_out")
-            self._final = self._optional(weights, base + "final_layer_norm")
+            final = base + "final_layer_norm"
+            self._final = weights.affine(final) if f"{final}.weight" in weights else None
         self._attention, self._ffn = share.part(heads, self.head_dim), share.part(ffn)
         self._layers = [self._layer(weights, f"{base}layers.{i}.") for i in self.layer_range]
 
     @staticmethod
-    def _optional(weights: Weights, name: str) -> Affine | None:
+    def _optional(weights: Weights, name: str) -> Linear | None:
         return weights.linear(name) if f"{name}.weight" in weights else None
 
     def _layer(self, weights: Weights, at: str) -> _Layer:
@@ -70,8 +71,8 @@ class OPT:
             out=weights.linear(at + "self_attn.out_proj", columns=self._attention, bias=first),
             up=weights.linear(at + "fc1", self._ffn),
             down=weights.linear(at + "fc2", columns=self._ffn, bias=first),
-            attention_norm=weights.linear(at + "self_attn_layer_norm"),
-            ffn_norm=weights.linear(at + "final_layer_norm"),
+            attention_norm=weights.affine(at + "self_attn_layer_norm"),
+            ffn_norm=weights.affine(at + "final_layer_norm"),
         )
 
     def forward(self, x: Tensor, positions: Tensor, attention: Attend, last: Tensor | None) -> Tensor:
@@ -84,20 +85,20 @@ class OPT:
         if self.share.first:
             x = embedding(x, self._tokens)
             if self._project_in:
-                x = linear(x, *self._project_in)
+                x = self._project_in(x)
             x = x + embedding(positions + _OFFSET, self._positions)
         branch: Tensor | None = None
         for number, layer in enumerate(self._layers):
             h = x
             if self._norm_before:
                 x, h = ops.add_layer_norm(x, branch, layer.attention_norm)
-            q, k, v = linear(h, *layer.qkv).view(len(x), 3, -1, self.head_dim).unbind(1)
-            branch = reduce(linear(attention(number, q, k, v), *layer.out))
+            q, k, v = layer.qkv(h).view(len(x), 3, -1, self.head_dim).unbind(1)
+            branch = reduce(layer.out(attention(number, q, k, v)))
             if self._norm_before:
                 x, h = ops.add_layer_norm(x, branch, layer.ffn_norm)
             else:
                 x = h = ops.add_layer_norm(x, branch, layer.attention_norm)[1]
-            branch = reduce(linear(ops.linear_relu(h, *layer.up), *layer.down))
+            branch = reduce(layer.down(ops.linear_relu(h, layer.up)))
             if not self._norm_before:
                 x, branch = ops.add_layer_norm(x, branch, layer.ffn_norm)[1], None
         x = x if branch is None else x + branch
@@ -108,5 +109,5 @@ class OPT:
         if self._final:
             x = ops.add_layer_norm(x, None, self._final)[1]
         if self._project_out:
-            x = linear(x, *self._project_out)
-        return linear(x, self._head)
+            x = self._project_out(x)
+        return self._head(x)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from disaggworker.errors import StartError
+from disaggworker.model.linear import Linear, packed
 
 ALL = slice(None)
 
@@ -80,7 +81,7 @@ class Weights:
         self.taken_bytes += tensor.nbytes
         return tensor.to(device=self.device, dtype=self.dtype).contiguous()
 
-    def linear(
+    def affine(
         self, name: str, rows: slice = ALL, columns: slice = ALL, bias: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Weight and, if there is one and it is wanted, bias. Rows are outputs, columns inputs."""
@@ -90,8 +91,12 @@ class Weights:
             self.take(offset, rows) if bias and offset in self else None,
         )
 
-    def fused(self, *parts: tuple[str, slice]) -> tuple[Tensor, Tensor | None]:
+    def linear(self, name: str, rows: slice = ALL, columns: slice = ALL, bias: bool = True) -> Linear:
+        """The layer of that name, or a part of it."""
+        return packed(*self.affine(name, rows, columns, bias))
+
+    def fused(self, *parts: tuple[str, slice]) -> Linear:
         """Rows of several layers with one input as one layer: fewer, larger multiplications."""
-        taken = [self.linear(name, rows) for name, rows in parts]
+        taken = [self.affine(name, rows) for name, rows in parts]
         biases = [bias for _, bias in taken if bias is not None]
-        return torch.cat([w for w, _ in taken]), torch.cat(biases) if biases else None
+        return packed(torch.cat([w for w, _ in taken]), torch.cat(biases) if biases else None)
