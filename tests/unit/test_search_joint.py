@@ -280,6 +280,14 @@ def test_without_rdma_the_better_of_pools_and_pairs_is_taken() -> None:
     assert "over tcp" in str(e)
 
 
+def test_pairs_are_not_planned_for_an_engine_that_starts_none() -> None:
+    p = problem(5, where=nodes(rdma=False), model="meta-llama/Llama-3.1-8B")
+    p = dataclasses.replace(p, engine=engines.VLLM)
+    found = search.place(p)
+    assert not found.paired
+    assert any("of torch only" in reason for _, reason in found.rejected)
+
+
 @pytest.mark.parametrize(
     ("engine", "ttft_s", "tpot_s"),
     [(engines.VLLM, 0.25, 0.1), (engines.SGLANG, 0.25, 0.1), (engines.SGLANG, 3.3, 0.2)],
