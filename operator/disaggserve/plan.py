@@ -113,11 +113,10 @@ class Draft:
 
 
 def inputs(spec: Spec) -> str:
-    """Digest of the parts of the spec that the plan and its pods depend on."""
+    """Digest of what the plan and its pods depend on: parts of the spec, and by what this release pairs workers."""
     value = spec.json_value()
-    return digest(
-        {k: value.get(k) for k in ("model", "slo", "workload", "hardware", "engine", "planner", "plan")}
-    )
+    parts = ("model", "slo", "workload", "hardware", "engine", "planner", "plan")
+    return digest({**{k: value.get(k) for k in parts}, "pairing": pairing_key(spec)})
 
 
 def workload_inputs(spec: Spec) -> str:
@@ -129,7 +128,9 @@ def pairing_key(spec: Spec) -> str:
     """Hash of what must match for KV to be readable on the other side."""
     engine = engines.engine(spec.engine.type)
     # vLLM compares more than we set (attention backend, speculation): two sets of its flags are two keys.
-    more = {"args": spec.engine.args} if engine is engines.VLLM else {}
+    more: dict[str, Any] = {"args": spec.engine.args} if engine is engines.VLLM else {}
+    if engine is engines.TORCH:
+        more["protocol"] = wire.VERSION  # vLLM has its own, which its image decides
     return digest(
         {
             **more,
@@ -141,7 +142,6 @@ def pairing_key(spec: Spec) -> str:
             "kvDtype": spec.model.kv_dtype,
             "blockTokens": engine.block_tokens,
             "handoff": engine.handoff,
-            "protocol": wire.VERSION,
         }
     )[:_KEY_LENGTH]
 

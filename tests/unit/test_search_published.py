@@ -164,7 +164,8 @@ def test_the_plan_is_for_its_own_goodput():
     draft = plan.draft(LOW, plan.Facts(nodes=(node("gpu-0", 4),)), options=ASKED)
     assert (draft.plan.prefill, draft.plan.decode, draft.plan.goodput_per_gpu) == ("1×tp2", "1×tp1", 1.875)
     assert draft.plan.rate == draft.plan.goodput == draft.plan.workload.rate == 5.625
-    assert [s.node for s in draft.instances] == ["gpu-0", "gpu-0"]
+    [pair] = draft.instances
+    assert (pair.role, pair.tp, pair.decode_tp, pair.node) == ("pair", 2, 1, "gpu-0")
     assert draft.plan.search is not None
     assert draft.plan.search.simulations == 45
     again = plan.draft(LOW, plan.Facts(nodes=(node("gpu-0", 4),)), options=ASKED)

@@ -77,7 +77,7 @@ def why_replan(spec: Spec, snap: observe.Snapshot, now_s: float) -> Why | None:
         return Why("Spec", "first plan")
     latest = snap.commits[-1]
     if latest.commit.inputs != plan.inputs(spec):
-        return Why("Spec", "the spec changed")
+        return Why("Spec", "the spec, or by what the operator pairs workers, changed")
     lost = snap.lost_nodes(now_s)
     standing = {n["metadata"]["name"]: n for n in snap.nodes}
     for slot in latest.commit.instances:
@@ -513,7 +513,14 @@ class Reconciler:
             return
         for uid, way in (await asking.transports([pods[uid] for uid in pairs])).items():
             if _transport(pods[uid]) != way:
-                await self._relabel(owner, pairs[uid], {"annotations": {manifests.TRANSPORT: way}})
+                try:
+                    await self._relabel(owner, pairs[uid], {"annotations": {manifests.TRANSPORT: way}})
+                except ApiError as error:
+                    if error.status not in (
+                        404,
+                        409,
+                    ):  # it has gone meanwhile, or changed: the next look sees it
+                        raise
 
     async def _relabel(self, owner: Owner, instance: rollout.Instance, change: Change) -> None:
         await self._cluster.merge(
