@@ -29,7 +29,7 @@ from disaggworker.router.config import Config
 from disaggworker.worker.pair import merged, read
 from e2e.nodes.tiny import make_tiny
 from tests.contract.broken import GOOD
-from tests.integration.test_router import free_port
+from tests.integration.test_router import free_port, until
 from tests.integration.worker_pair import ROOT
 
 MODEL, DEADLINE_S = "facebook/opt-13b", 150.0
@@ -147,6 +147,8 @@ async def behind_a_router(one: Pod, other: Pod) -> None:
                 return found
 
         router.update([*one.seen(), *other.seen()])
+        # Until then one of them may get all.
+        await until(lambda: all(i.others and not i.lost for i in router.fleet.instances()), "loads")
         texts = [f"{n} keepers of the lighthouse" for n in range(24)]
         answers = await asyncio.gather(*(tokens(text, 20) for text in texts))
         assert {len(a) for a in answers} == {20}

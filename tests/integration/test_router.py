@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -280,6 +281,8 @@ def test_stream_is_first_token_then_decodes_bytes_unchanged() -> None:
             assert p.ids == d.ids == ["my-id"]
             asked, handed = p.bodies[0], d.bodies[0]
             assert (asked["stream"], asked["max_tokens"]) == (False, 1)
+            name = asked["kv_transfer_params"].pop("handoff")
+            assert re.fullmatch("[0-9a-f]{32}", name)
             assert asked["kv_transfer_params"] == {
                 "do_remote_decode": True,
                 "do_remote_prefill": False,

@@ -518,6 +518,7 @@ def test_a_puller_that_is_gone_costs_the_rest_of_its_lease(transport: protocol.W
         assert socket.poll(1000 * WAIT_S)
         socket.close(0)
         until(lambda: made.freed == 1, "the lease to end")
+        until(lambda: made.servers[0].pulls == 0, "its pull to be forgotten")
         made.servers[0].leases.lease_s = LEASE_S
         with decode(transport, **shape) as here:
             here.pull(made.hold(blocks), blocks)

@@ -26,6 +26,7 @@ _TICK_S = 0.1  # how late the end of a lease may be noticed
 _EARLY_S = 2.0  # how long a rank waits for rank 0's word of a hand-off that is pulled before it
 _LONGEST_QUESTION = 1 << 16  # bytes
 _MOST_CREDIT = 64  # pieces; more that a puller asks for are not sent at once
+_HEARD_IN_A_ROW = 64  # questions, between two pieces
 _KEPT = 10  # buffers of a piece each: those on their way, and those that are gathered and let go of meanwhile
 
 
@@ -46,10 +47,13 @@ class _Buffers:
 
     def take(self, size: int) -> Bytes:
         """At least so many bytes."""
-        if self._lent and self._lent[0][0].done:
-            _, buffer = self._lent.popleft()
-            if len(buffer) >= size:
-                return buffer
+        # Not the oldest alone: one puller that has stopped must not cost all the others new memory.
+        for at, (tracker, buffer) in enumerate(self._lent):
+            if tracker.done:
+                del self._lent[at]
+                if len(buffer) >= size:
+                    return buffer
+                break
         return np.empty(max(size, protocol.PIECE_BYTES), np.uint8)
 
     def lend(self, buffer: Bytes, tracker: zmq.MessageTracker) -> None:
@@ -109,6 +113,11 @@ class KVServer:
         """Blocks that they hold."""
         return self.leases.blocks
 
+    @property
+    def pulls(self) -> int:
+        """Pulls whose pieces are not all sent."""
+        return len(self._sendings)
+
     def serve(self, pool: Pool, place: Place | None = None) -> None:
         """Answer from now on, for what `place` says the pool is of the model; by default all of it."""
         self._pool, self._place = pool, place or Place.whole(pool)
@@ -148,8 +157,10 @@ class KVServer:
                 busy = any(sending.credit for sending in self._sendings.values())
                 # A rank is told of a hand-off within microseconds of its answer: looking often is looking seldom.
                 wait_s = 0.0 if busy else 0.001 if self._early else _TICK_S
-                if self._socket.poll(int(1000 * wait_s)):
+                heard = 0  # bounded: who asks without end must not keep the others from their pieces
+                while heard < _HEARD_IN_A_ROW and self._socket.poll(0 if heard else int(1000 * wait_s)):
                     self._hear()
+                    heard += 1
                 for sending in list(self._sendings.values()):
                     if sending.credit:
                         self._send_piece(sending)
@@ -158,7 +169,15 @@ class KVServer:
                     self._retry(now)
                 if not busy or now >= look_s:
                     self.leases.expire(now)
+                    self._forget()
                     look_s = now + _TICK_S
+
+    def _forget(self) -> None:
+        """Pulls of what is held no longer: who gave one up says so by `Release`, from another socket, and asks for no more."""
+        for key, sending in list(self._sendings.items()):
+            if sending.ask.handoff not in self.leases:
+                self._sendings.pop(key, None)
+                self._gone(sending.peer, sending.ask)  # or somebody still waits
 
     def _hear(self) -> None:
         peer, *frames = self._socket.recv_multipart()
@@ -240,12 +259,12 @@ class KVServer:
             if lease:
                 self._gather(sending.place, cut, lease, buffer[:size])
         if lease is None:
-            del self._sendings[sending.peer, ask.ask]
+            self._sendings.pop((sending.peer, ask.ask), None)
             return self._gone(sending.peer, ask)
         sending.credit -= 1
         sending.cuts.popleft()
         if not sending.cuts:
-            del self._sendings[sending.peer, ask.ask]
+            self._sendings.pop((sending.peer, ask.ask), None)
         frame = buffer.data[:size]
         checksum = zlib.crc32(frame) if ask.checksum else None
         tracker = self._send(sending.peer, protocol.Piece(ask=ask.ask, checksum=checksum), frame)

@@ -170,14 +170,17 @@ class Pair:
 
     async def _check(self) -> None:
         """Wait until both are ready, and see by which transport KV goes."""
-        while True:
-            try:
+        said = ""
+        while self._state["transport"] is None:
+            await asyncio.sleep(_LOOK_S)
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                 for command in self._settings.both:
                     await self._get(command, "/ready")
-                self._state["transport"] = await self._transport()
-                break
-            except (aiohttp.ClientError, TimeoutError):
-                await asyncio.sleep(_LOOK_S)
+                try:
+                    self._state["transport"] = await self._transport()
+                except (aiohttp.ClientError, TimeoutError, LookupError) as e:
+                    if said != (why := f"No KV goes from prefill to decode in this pair: {e!r}."):
+                        print(said := why, file=sys.stderr)
         if self._state["transport"] == "zmq":
             print(
                 "KV of this pair goes through messages, not through shared memory: the workers cannot map each other's. It is "
@@ -197,7 +200,10 @@ class Pair:
         before = (await self._get(decode, "/state"))["pulls"]
         await self._post(decode, {**body, "kv_transfer_params": first["kv_transfer_params"]})
         after = (await self._get(decode, "/state"))["pulls"]
-        return str(next(way for way, count in after.items() if count > before.get(way, 0)))
+        moved = [str(way) for way, count in after.items() if count > before.get(way, 0)]
+        if not moved:
+            raise LookupError("decode has answered and counts no pull")
+        return moved[0]
 
     async def _ready(self, request: web.Request) -> web.Response:
         ready = self._state["status"] == "ready" or request.path == "/state"
