@@ -1,10 +1,10 @@
 """The simulator's word on a real vLLM: one prefill and one decode instance on this CPU, against the same requests simulated.
 
-    python -m benchmarks.word_vllm [--shares 0.4,0.55,0.7] [--requests 300] [--folder DIR]     # needs: make e2e-vllm
+    python -m benchmarks.word_vllm [--shares 0.3,0.45,0.6] [--requests 300] [--folder DIR]     # needs: make e2e-vllm
 
 A seeded Llama of 100M parameters in bfloat16 is served by two vLLM of one thread each behind our router. `disaggworker profile`
-measures one over HTTP while another profile does the same to the other, for so the two will share this machine; what it writes
-is fitted as `disaggserve fit` does. The link is what decode's own figures say of a few pulls. Then Poisson requests at shares of
+measures the prefill of one over HTTP while the other decodes, and the decode of this one while the first prefills, for so they will share this
+machine; it does so before, between and after the loads, and all that it writes is fitted as `disaggserve fit` does. The link is what decode's own figures say of a few pulls. Then Poisson requests at shares of
 what prefill can bear go through the router, and the very requests that were sent are simulated.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -48,16 +49,10 @@ HOSTS = {"prefill": "127.0.91.1", "decode": "127.0.91.2"}
 ROUTER = "127.0.91.3"
 PORT, CONTEXT, VOCABULARY = 8000, 1024, 700
 KV_BYTES, BATCH_TOKENS, BATCH_REQUESTS = 1 << 30, 2048, 16
-GRID = [
-    "--batches",
-    "1,2,4,8,16",
-    "--prompts",
-    "32,64,128,256,512",
-    "--contexts",
-    "64,256,512",
-    "--repeat",
-    "3",
-]
+GRIDS = {
+    "prefill": ["--batches", "1", "--prompts", "32,64,128,256,512", "--contexts", "64", "--repeat", "8"],
+    "decode": ["--batches", "1,2,4,8,16", "--prompts", "64", "--contexts", "64,256,512", "--repeat", "3"],
+}
 START_S = 600.0
 SEED = 0
 BOUND = 0.05
@@ -140,9 +135,9 @@ def _route(pipe: Connection) -> None:
     uvloop.run(serve())
 
 
-def asked(role: str) -> list[str]:
+def profile_of(role: str) -> list[str]:
     """The profile of that server."""
-    return ["--model", MODEL, "--url", f"http://{HOSTS[role]}:{PORT}/v1", *GRID]
+    return ["--model", MODEL, "--url", f"http://{HOSTS[role]}:{PORT}/v1", *GRIDS[role]]
 
 
 def link_bytes_s(url: str) -> float:
@@ -171,12 +166,11 @@ def _moved() -> tuple[float, float]:
 
 def measure(weights: Path, folder: Path, url: str, count: int, shares: Sequence[float]) -> list[Row]:
     model = catalogue.model_from_config(MODEL, json.loads((weights / "config.json").read_text()))
-    rows = profiled(asked("prefill"), asked("decode"), folder / "measurements.csv", {})
-    times = fitted(rows, "vllm", model, folder)
+    profile = functools.partial(profiled, profile_of("prefill"), profile_of("decode"), folder, {})
+    measured = [profile()]
+    times = fitted(measured[0], "vllm", model, folder)
     kv_bytes = model.kv_bytes_per_token()
     link = link_bytes_s(url)
-    pool = simulate.Pool(1, times, KV_BYTES // (16 * kv_bytes), BATCH_TOKENS, batch_requests=BATCH_REQUESTS)
-    deployment = simulate.Deployment((pool,), (pool,), kv_bytes, link, first_token_from="decode")
 
     rng = np.random.default_rng(SEED)
     pair = (rng.integers(least, most, 1000).astype(np.int32) for least, most in ((32, 513), (16, 49)))
@@ -188,18 +182,28 @@ def measure(weights: Path, folder: Path, url: str, count: int, shares: Sequence[
         f"tokens {promise.tpot_s / 1.25 * 1e3:.0f} ms; link {link / 1e9:.2f} GB/s\n"
         f"promise: TTFT {promise.ttft_s * 1e3:.0f} ms (4 prompts' time), TPOT {promise.tpot_s * 1e3:.0f} ms (1.25 such steps)"
     )
-    out = []
+    sent = []
     for share in shares:
         rate = share / one_s
         requests = drawn(rate, count, lengths, 10 * one_s, SEED)
         results = asyncio.run(load.run_load(url, MODEL, requests, vocab=VOCABULARY, seed=SEED))
-        out.append(compared(share, rate, results, deployment, promise, folder))
-    return out
+        sent.append((share, rate, results))
+        measured.append(profile())
+    rows = []
+    # The machine is faster in one minute than in another: what was profiled just before a load and just after speaks for it.
+    for before, after, of_rate in zip(measured, measured[1:], sent, strict=False):
+        times = fitted(before + after, "vllm", model, folder)
+        pool = simulate.Pool(
+            1, times, KV_BYTES // (16 * kv_bytes), BATCH_TOKENS, batch_requests=BATCH_REQUESTS
+        )
+        deployment = simulate.Deployment((pool,), (pool,), kv_bytes, link, first_token_from="decode")
+        rows.append(compared(*of_rate, deployment, promise, folder))
+    return rows
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description="Served against simulated attainment on a real vLLM.")
-    p.add_argument("--shares", default="0.4,0.55,0.7", help="of the rate that prefill can bear, with commas")
+    p.add_argument("--shares", default="0.3,0.45,0.6", help="of the rate that prefill can bear, with commas")
     p.add_argument("--requests", type=int, default=300, help="of each rate")
     p.add_argument("--folder", type=Path, help="where measurements and profile stay; left out: nowhere")
     a = p.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -84,14 +85,25 @@ def drawn(rate: float, count: int, lengths: Lengths, spare_s: float, seed: int) 
 
 
 def profiled(
+    prefill: Sequence[str], decode: Sequence[str], folder: Path, environment: Mapping[str, str]
+) -> list[measurements.Row]:
+    """Prefill's rows of `disaggworker profile` with the arguments `prefill` while another decodes, and decode's with the
+    arguments `decode` while another prefills: so two workers will share this machine."""
+    found = []
+    for phase, mine, beside in (("prefill", prefill, decode), ("decode", decode, prefill)):
+        rows = _beside(mine, beside, folder / f"measurements-{phase}.csv", environment)
+        found += [row for row in rows if row.phase == phase]
+    return found
+
+
+def _beside(
     mine: Sequence[str], other: Sequence[str], csv: Path, environment: Mapping[str, str]
 ) -> tuple[measurements.Row, ...]:
-    """The rows of `disaggworker profile` with the arguments `mine`, while another runs with `other`: so two workers will share
-    this machine."""
     program = [sys.executable, "-m", "disaggworker", "profile"]
     path = os.pathsep.join(str(ROOT / part) for part in ("operator", "worker_image"))
     env = os.environ | environment | {"PYTHONPATH": path}
-    beside = subprocess.Popen([*program, *other, "-o", os.devnull], env=env, stdout=subprocess.DEVNULL)
+    endless = [*program, *other, "--repeat", "100000", "-o", os.devnull]
+    beside = subprocess.Popen(endless, env=env, stdout=subprocess.DEVNULL)
     try:
         subprocess.run([*program, *mine, "-o", str(csv)], check=True, env=env, stdout=sys.stderr)
     finally:
@@ -103,8 +115,16 @@ def profiled(
 def fitted(
     rows: Sequence[measurements.Row], engine: str, model: catalogue.Model, folder: Path
 ) -> latency.StepTimes:
-    """Step times of this engine here, by its own measurements; says how far the fit is off, and keeps the profile."""
-    document = fitting.fit(rows, "fitted to this machine", None, None, engine)
+    """Step times of this engine here, by its own measurements, of which those of the same step count as their mean; says how far
+    the fit is off, and keeps the profile."""
+    same: dict[object, list[measurements.Row]] = {}
+    for row in rows:
+        same.setdefault((row.phase, row.batch, row.tokens, row.context_tokens), []).append(row)
+    means = [
+        dataclasses.replace(of_one[0], seconds=statistics.mean(row.seconds for row in of_one))
+        for of_one in same.values()
+    ]
+    document = fitting.fit(means, "fitted to this machine", None, None, engine)
     profile = latency.Profile.of(document.model_dump(mode="json", exclude_none=True), model.id)
     profile.dump(folder / "profile.json")
     (fit,) = document.fits

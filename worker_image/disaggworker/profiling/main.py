@@ -98,7 +98,7 @@ def _flags(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--contexts", type=_counts, default="64,256,512,1024", help="tokens of a request before a decode step"
     )
-    add("--repeat", type=_count, default=5, help="passes over the grid, of which the median is taken")
+    add("--repeat", type=_count, default=5, help="passes over the grid, of which the mean is taken")
     add("--tp", type=_count, default=1, help="with --url: tensor-parallel GPUs of the server, for the rows")
     add("--pp", type=_count, default=1, help="with --url: pipeline stages of the server, for the rows")
     add("-o", "--output", default="-", help="CSV to write; default: standard output")

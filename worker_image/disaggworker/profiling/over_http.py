@@ -202,7 +202,7 @@ class OverHTTP:
 
 
 def together(arrivals: Sequence[Sequence[float]], prompt_tokens: int) -> Timing | None:
-    """The median time between tokens while all streams decode, None before each has shown `STEPS` of them.
+    """The mean time between tokens while all streams decode, None before each has shown `STEPS` of them.
 
     `arrivals` are the times of every stream's tokens, at least two each, in seconds. The step that makes the token after
     the k-th has prompt + k − 1 tokens in the cache: the k-th itself is not in it yet.
@@ -216,7 +216,7 @@ def together(arrivals: Sequence[Sequence[float]], prompt_tokens: int) -> Timing 
             return None
         gaps += [times[k] - times[k - 1] for k in inside]
         contexts.append(statistics.mean(prompt_tokens + k - 1 for k in inside))
-    return Timing(statistics.median(gaps), round(sum(contexts)))
+    return Timing(statistics.mean(gaps), round(sum(contexts)))
 
 
 def _message(data: bytes) -> str:
