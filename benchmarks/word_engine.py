@@ -38,8 +38,9 @@ from e2e.nodes.tiny import make_tiny
 
 MODEL = "llama"
 HEAD_DIM = 64
-PREFILL = ["--batches", "1,2,4,8", "--prompts", "64,128,256,512", "--contexts", "64", "--repeat", "5"]
-DECODE = ["--batches", "1,2,4,8,16", "--prompts", "64", "--contexts", "64,256,512", "--repeat", "20"]
+# Lengths as traffic has them: multiplications and attention are faster at powers of two than at what lies beside them.
+PREFILL = ["--batches", "1,2,4", "--prompts", "67,131,237,359,509", "--contexts", "64", "--repeat", "5"]
+DECODE = ["--batches", "1,2,3,4,6,8,12", "--prompts", "67", "--contexts", "77,251,427", "--repeat", "15"]
 BATCH_TOKENS = 512  # of a worker that is not paced
 CONTEXT = 1024
 BOUND = 0.05

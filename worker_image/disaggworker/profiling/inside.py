@@ -50,7 +50,7 @@ class Inside:
         """Take KV memory for the largest cell, or as much of it as there is. Raises `StartError`."""
         model = self._model
         shape = (model.layers, model.kv_heads, model.head_dim)
-        total = min(max(map(_needed, grid)), blocks_in_memory(*shape, model.dtype, model.device))
+        total = min(max(map(self._needed, grid)), blocks_in_memory(*shape, model.dtype, model.device))
         with torch.inference_mode():
             pool = Pool(*shape, total, model.dtype, model.device)
             for tensor in (*pool.keys, *pool.values):
@@ -62,20 +62,21 @@ class Inside:
 
     def time(self, cell: Cell) -> Timing:
         """One step. Raises `LeftOut` where memory holds no such batch."""
-        owned = [self._blocks.allocate(_needed(cell) // cell.batch) for _ in range(cell.batch)]
+        lengths = self._lengths(cell)
+        owned = [self._blocks.allocate(blocks_for(n + (cell.phase == "decode"))) for n in lengths]
         batch = [
-            Sequence(
-                self._random.choices(_TOKENS, k=cell.length), _GREEDY, 1, lambda _token, _finish: None, kv=kv
-            )
-            for kv in owned
+            Sequence(self._random.choices(_TOKENS, k=n), _GREEDY, 1, lambda _token, _finish: None, kv=kv)
+            for n, kv in zip(lengths, owned, strict=True)
         ]
         try:
             if None in owned:
-                raise LeftOut(f"KV memory holds {self._blocks.total} blocks, and it takes {_needed(cell)}")
+                raise LeftOut(
+                    f"KV memory holds {self._blocks.total} blocks, and it takes {self._needed(cell)}"
+                )
             if cell.phase == "decode":
                 for sequence in batch:
                     # The last token is not in the cache yet: the step puts it there.
-                    sequence.output, sequence.computed = [_TOKENS[0]], cell.length
+                    sequence.output, sequence.computed = [_TOKENS[0]], len(sequence.prompt)
             step = Batch(batch, [], [])
             if cell.phase == "prefill":
                 step = Batch([], [], [(sequence, cell.length) for sequence in batch])
@@ -84,9 +85,7 @@ class Inside:
             with torch.inference_mode():
                 begun = time.perf_counter()
                 self._engine.compute(step)
-                return Timing(
-                    time.perf_counter() - begun, cell.batch * cell.length * (cell.phase == "decode")
-                )
+                return Timing(time.perf_counter() - begun, sum(lengths) * (cell.phase == "decode"))
         except torch.OutOfMemoryError:
             raise LeftOut("the device has no memory for it") from None
         finally:
@@ -94,7 +93,14 @@ class Inside:
                 if kv is not None:
                     self._blocks.release(kv)
 
+    def _needed(self, cell: Cell) -> int:
+        """KV blocks that the step needs."""
+        return sum(blocks_for(n + (cell.phase == "decode")) for n in self._lengths(cell))
 
-def _needed(cell: Cell) -> int:
-    """KV blocks that the step needs."""
-    return cell.batch * blocks_for(cell.length + (cell.phase == "decode"))
+    def _lengths(self, cell: Cell) -> list[int]:
+        """Tokens of each request. What decodes together in service has contexts of all lengths, and where short ones are padded they
+        pay for the longest: here they lie evenly around the cell's, from half of it at most."""
+        if cell.phase == "prefill":
+            return [cell.length] * cell.batch
+        spread = min(cell.length / 2, self.context - 2 - cell.length)
+        return [round(cell.length + spread * ((2 * i + 1) / cell.batch - 1)) for i in range(cell.batch)]
