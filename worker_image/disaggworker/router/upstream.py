@@ -247,7 +247,8 @@ class _Connection(asyncio.Protocol):
 
     def _end(self) -> None:
         reply, self._reply = self._reply, None
-        if self._keep and not self._rest and not self.transport.is_closing():
+        # One that is cut has not been lost yet.
+        if self._keep and not self.lost and not self._rest and not self.transport.is_closing():
             self.pause(False)
             self.idle_since_s = asyncio.get_running_loop().time()
             self._idle.append(self)
