@@ -190,11 +190,27 @@ class Stack:
             raise
         return last
 
+    def crash(self, name: str, *, timeout_s: float) -> None:
+        """SIGKILL to a pod's processes, and until it is Ready again."""
+        self.nodes.crash(name)
+
+        def again() -> bool:
+            pod = self.get(f"pod/{name}")
+            started = bool(pod["status"]["containerStatuses"][0]["restartCount"])
+            return started and condition(pod, "Ready") == "True"
+
+        wait_until(again, f"{name} to be Ready again", timeout_s=timeout_s)
+
 
 def condition(obj: Json, kind: str) -> str:
     """The status of a condition; empty when there is none."""
     found = obj.get("status", {}).get("conditions", [])
     return next((str(c["status"]) for c in found if c["type"] == kind), "")
+
+
+def carried_out(revision: int) -> Callable[[Json], bool]:
+    """Whether a resource serves by this revision of its plan."""
+    return lambda resource: ready(resource) and resource["status"]["plan"]["revision"] == revision
 
 
 def ready(resource: Json) -> bool:

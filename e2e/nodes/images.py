@@ -178,7 +178,7 @@ def paced(argv: Sequence[str], node: SimulatedNode, weights: Path) -> tuple[str,
     }
     added = ("--weights", str(weights), "--pace", json.dumps(pace))
     local = _without(argv, "--weights")
-    if "pair" not in local[:4]:
+    if "pair" not in local[:4]:  # `python -m disaggworker pair`, here, where the program is local by now
         return (*local, *added)
     decode = local.index("decode")
     return (*local[:decode], *added, *local[decode:], *added)

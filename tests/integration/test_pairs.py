@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from e2e import load
-from e2e.controlplane.polling import wait_until
-from e2e.stack import Stack, condition, ready
+from e2e.stack import Stack, carried_out
+from tests.integration.traffic import during
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -69,10 +69,6 @@ def message(found: Json) -> str:
     return next(str(c["message"]) for c in found["status"]["conditions"] if c["type"] == "Ready")
 
 
-def carried_out(revision: int) -> Any:
-    return lambda r: ready(r) and r["status"]["plan"]["revision"] == revision
-
-
 def test_pairs_serve_and_become_more_and_fewer_under_traffic(stack: Stack) -> None:
     stack.apply(resource(2))
     found = stack.wait("near", "the first plan to be carried out", carried_out(1), timeout_s=240)
@@ -86,28 +82,17 @@ def test_pairs_serve_and_become_more_and_fewer_under_traffic(stack: Stack) -> No
 
     counts: list[int] = []
 
-    async def change_under_traffic() -> list[load.Result]:
-        wanted = [(0.4 * n, 100 + n % 7, 20 + n % 11) for n in range(1000)]
-        begun, stop = asyncio.Event(), asyncio.Event()
-
-        def on_result(_: load.Result) -> None:
-            begun.set()
-
-        sent = asyncio.create_task(
-            load.run_load(stack.url("near"), MODEL, wanted, vocab=256, seed=1, on_result=on_result, stop=stop)
-        )
-        await begun.wait()
+    def change() -> None:
         for revision, rate in ((2, 16.0), (3, 8.0)):
-            await asyncio.to_thread(stack.apply, resource(rate))
+            stack.apply(resource(rate))
             what = f"revision {revision} to be carried out"
-            found = await asyncio.to_thread(stack.wait, "near", what, carried_out(revision), timeout_s=240)
-            stands = await asyncio.to_thread(stack.pods, "near", "pair")
+            found = stack.wait("near", what, carried_out(revision), timeout_s=240)
+            stands = stack.pods("near", "pair")
             assert len(stands) == found["status"]["plan"]["roles"][0]["count"]
             counts.append(len(stands))
-        stop.set()
-        return await sent
 
-    results = asyncio.run(change_under_traffic())
+    wanted = [(0.4 * n, 100 + n % 7, 20 + n % 11) for n in range(1000)]
+    results = during(stack.url("near"), MODEL, wanted, change)
     assert len(results) >= 10
     assert {r.outcome for r in results} == {"ok"}, [r.error for r in results if r.outcome != "ok"]
     after = stack.pods("near", "pair")
@@ -126,14 +111,6 @@ def test_pairs_serve_and_become_more_and_fewer_under_traffic(stack: Stack) -> No
     assert all(p["metadata"]["uid"] in text for p in after)
 
     # A pair that dies comes back as one.
-    name = after[0]["metadata"]["name"]
-    stack.nodes.crash(name)
-
-    def again() -> bool:
-        pod = stack.get(f"pod/{name}")
-        started = bool(pod["status"]["containerStatuses"][0]["restartCount"])
-        return started and condition(pod, "Ready") == "True"
-
-    wait_until(again, f"{name} to be Ready again", timeout_s=120)
+    stack.crash(after[0]["metadata"]["name"], timeout_s=120)
     assert pulls(stack.pods("near", "pair"))["zmq"] == 0
     stack.plane.kubectl("delete", "dsv", "near", "--wait=true")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from e2e import load
-from e2e.controlplane.polling import wait_until
-from e2e.stack import Stack, condition, ready
+from e2e.stack import Stack, carried_out
+from tests.integration.traffic import during
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -54,10 +54,6 @@ def roles(stack: Stack, name: str) -> dict[str, str]:
     return {p["metadata"]["uid"]: p["metadata"]["labels"]["disaggserve.dev/role"] for p in workers}
 
 
-def carried_out(revision: int) -> Any:
-    return lambda r: ready(r) and r["status"]["plan"]["revision"] == revision
-
-
 @pytest.mark.parametrize("engine", ["torch", "vllm"])
 def test_roles_follow_a_plan_by_hand_under_traffic(stack: Stack, engine: str) -> None:
     stack.apply(resource(engine, 2, 1))
@@ -65,29 +61,16 @@ def test_roles_follow_a_plan_by_hand_under_traffic(stack: Stack, engine: str) ->
     before = roles(stack, engine)
     assert sorted(before.values()) == ["decode", "prefill", "prefill"]
 
-    async def change_under_traffic() -> list[load.Result]:
-        wanted = [(0.25 * n, 100 + n % 7, 30 + n % 11) for n in range(400)]
-        begun, stop = asyncio.Event(), asyncio.Event()
-
-        def on_result(_: load.Result) -> None:
-            begun.set()
-
-        sent = asyncio.create_task(
-            load.run_load(stack.url(engine), MODEL, wanted, vocab=256, seed=1, on_result=on_result, stop=stop)
-        )
-        await begun.wait()
+    def change() -> None:
         for revision, plan in ((2, (1, 2)), (3, (2, 1)), (4, (1, 2))):
-            stack_apply = asyncio.to_thread(stack.apply, resource(engine, *plan))
-            await stack_apply
-            what = f"revision {revision} to be carried out"
-            await asyncio.to_thread(stack.wait, engine, what, carried_out(revision), timeout_s=120)
-            now = await asyncio.to_thread(roles, stack, engine)
+            stack.apply(resource(engine, *plan))
+            stack.wait(engine, f"revision {revision} to be carried out", carried_out(revision), timeout_s=120)
+            now = roles(stack, engine)
             assert now.keys() == before.keys(), "no pod is created or deleted"
             assert sorted(now.values()).count("prefill") == plan[0]
-        stop.set()
-        return await sent
 
-    results = asyncio.run(change_under_traffic())
+    wanted = [(0.25 * n, 100 + n % 7, 30 + n % 11) for n in range(400)]
+    results = during(stack.url(engine), MODEL, wanted, change)
     assert len(results) >= 20
     assert {r.outcome for r in results} == {"ok"}, [r.error for r in results if r.outcome != "ok"]
 
@@ -95,15 +78,7 @@ def test_roles_follow_a_plan_by_hand_under_traffic(stack: Stack, engine: str) ->
         # One that was made for prefill, became a decode and starts again is a decode.
         turned = next(uid for uid, role in roles(stack, engine).items() if role != before[uid])
         pod = next(p for p in stack.pods(engine) if p["metadata"]["uid"] == turned)
-        name = pod["metadata"]["name"]
-        stack.nodes.crash(name)
-
-        def again() -> bool:
-            found = stack.get(f"pod/{name}")
-            started = bool(found["status"]["containerStatuses"][0]["restartCount"])
-            return started and condition(found, "Ready") == "True"
-
-        wait_until(again, f"{name} to be Ready again", timeout_s=90)
+        stack.crash(pod["metadata"]["name"], timeout_s=90)
         with urllib.request.urlopen(f"http://{pod['status']['podIP']}:8000/state", timeout=10) as answer:
             assert json.load(answer)["role"] == "decode"
     stack.plane.kubectl("delete", "dsv", engine, "--wait=true")
