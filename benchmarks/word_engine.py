@@ -3,9 +3,9 @@
     python -m benchmarks.word_engine [--shares 0.3,0.5,0.65] [--requests 400] [--hidden 512 --layers 8] [--folder DIR]
 
 A seeded Llama in float32. `disaggworker profile` measures its prefill on one thread while another process decodes, and its decode
-while another prefills, for so the two workers will share this machine; it does so before, between and after the loads, and all
-that it writes is fitted as `disaggserve fit` does. The link is what a bare ZeroMQ socket moves over loopback. A load at each of the shares of
-what the prefill worker can bear is served, and the very requests that were sent are simulated.
+while another prefills, for so the two workers will share this machine; before, between and after the loads. What it writes just
+before and just after a load is fitted as `disaggserve fit` does. The link is what a bare ZeroMQ socket moves over loopback. A load
+at each of the shares of what the prefill worker can bear is served, and the very requests that were sent are simulated.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ import zmq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.word import Row, compared, drawn, fitted, profiled, verdict
+from benchmarks.word import Row, Sent, drawn, fitted, judged, profiled, verdict
 from benchmarks.word_paced import SEED, served
-from disaggserve import catalogue, simulate
+from disaggserve import catalogue, latency, simulate
 from disaggserve.workload import Lengths
 from disaggworker.kv.pool import blocks_in_memory
-from e2e import load
 from e2e.dataplane import DataPlane, fork_server
 from e2e.nodes.tiny import make_tiny
 
@@ -70,7 +69,8 @@ async def measure(shares: Sequence[float], count: int, hidden: int, layers: int,
         profiled, [*flags, *PREFILL], [*flags, *DECODE], folder, {"OMP_NUM_THREADS": "1"}
     )
     measured = [await asyncio.to_thread(profile)]
-    times = fitted(measured[0], "torch", model, folder)
+    fit = functools.partial(fitted, engine="torch", model=model, folder=folder)
+    times = fit(measured[0])
     blocks = blocks_in_memory(
         model.layers, model.kv_heads, model.head_dim, torch.float32, torch.device("cpu")
     )
@@ -86,7 +86,7 @@ async def measure(shares: Sequence[float], count: int, hidden: int, layers: int,
         f"320 tokens {promise.tpot_s / 1.25 * 1e3:.0f} ms; link {link / 1e9:.2f} GB/s\n"
         f"promise: TTFT {promise.ttft_s * 1e3:.0f} ms (4 prompts' time), TPOT {promise.tpot_s * 1e3:.0f} ms (1.25 such steps)"
     )
-    sent: list[tuple[float, float, list[load.Result]]] = []
+    sent: list[Sent] = []
     async with (
         fork_server(folder) as forks,
         DataPlane(
@@ -113,16 +113,14 @@ async def measure(shares: Sequence[float], count: int, hidden: int, layers: int,
             results, *_ = await served(
                 plane, router.url, requests, SEED + number, promise.ttft_s, promise.tpot_s
             )
-            sent.append((share, rate, results))
+            sent.append(Sent(share, rate, results))
             measured.append(await asyncio.to_thread(profile))
-    rows = []
-    # The machine is faster in one minute than in another: what was profiled just before a load and just after speaks for it.
-    for before, after, of_rate in zip(measured, measured[1:], sent, strict=False):
-        times = fitted(before + after, "torch", model, folder)
+
+    def deployment(times: latency.StepTimes) -> simulate.Deployment:
         pool = simulate.Pool(1, times, blocks, BATCH_TOKENS)
-        deployment = simulate.Deployment((pool,), (pool,), model.kv_bytes_per_token(), link)
-        rows.append(compared(*of_rate, deployment, promise, folder))
-    return rows
+        return simulate.Deployment((pool,), (pool,), model.kv_bytes_per_token(), link)
+
+    return judged(sent, measured, fit, deployment, promise, folder)
 
 
 def main() -> int:

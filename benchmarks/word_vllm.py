@@ -3,9 +3,10 @@
     python -m benchmarks.word_vllm [--shares 0.3,0.45,0.6] [--requests 300] [--folder DIR]     # needs: make e2e-vllm
 
 A seeded Llama of 100M parameters in bfloat16 is served by two vLLM of one thread each behind our router. `disaggworker profile`
-measures the prefill of one over HTTP while the other decodes, and the decode of this one while the first prefills, for so they will share this
-machine; it does so before, between and after the loads, and all that it writes is fitted as `disaggserve fit` does. The link is what decode's own figures say of a few pulls. Then Poisson requests at shares of
-what prefill can bear go through the router, and the very requests that were sent are simulated.
+measures the prefill of one over HTTP while the other decodes, and the decode of this one while the first prefills, for so they will
+share this machine; before, between and after the loads. What it writes just before and just after a load is fitted as `disaggserve
+fit` does. The link is what decode's own figures say of a few pulls. Then Poisson requests at shares of what prefill can bear go
+through the router, and the very requests that were sent are simulated.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.word import Row, compared, drawn, fitted, profiled, verdict
-from disaggserve import catalogue, simulate
+from benchmarks.word import Row, Sent, drawn, fitted, judged, profiled, verdict
+from disaggserve import catalogue, latency, simulate
 from disaggserve.workload import Lengths
 from disaggworker.router.app import serving
 from disaggworker.router.config import Config
@@ -168,7 +169,8 @@ def measure(weights: Path, folder: Path, url: str, count: int, shares: Sequence[
     model = catalogue.model_from_config(MODEL, json.loads((weights / "config.json").read_text()))
     profile = functools.partial(profiled, profile_of("prefill"), profile_of("decode"), folder, {})
     measured = [profile()]
-    times = fitted(measured[0], "vllm", model, folder)
+    fit = functools.partial(fitted, engine="vllm", model=model, folder=folder)
+    times = fit(measured[0])
     kv_bytes = model.kv_bytes_per_token()
     link = link_bytes_s(url)
 
@@ -182,23 +184,20 @@ def measure(weights: Path, folder: Path, url: str, count: int, shares: Sequence[
         f"tokens {promise.tpot_s / 1.25 * 1e3:.0f} ms; link {link / 1e9:.2f} GB/s\n"
         f"promise: TTFT {promise.ttft_s * 1e3:.0f} ms (4 prompts' time), TPOT {promise.tpot_s * 1e3:.0f} ms (1.25 such steps)"
     )
-    sent = []
+    sent: list[Sent] = []
     for share in shares:
         rate = share / one_s
         requests = drawn(rate, count, lengths, 10 * one_s, SEED)
         results = asyncio.run(load.run_load(url, MODEL, requests, vocab=VOCABULARY, seed=SEED))
-        sent.append((share, rate, results))
+        sent.append(Sent(share, rate, results))
         measured.append(profile())
-    rows = []
-    # The machine is faster in one minute than in another: what was profiled just before a load and just after speaks for it.
-    for before, after, of_rate in zip(measured, measured[1:], sent, strict=False):
-        times = fitted(before + after, "vllm", model, folder)
-        pool = simulate.Pool(
-            1, times, KV_BYTES // (16 * kv_bytes), BATCH_TOKENS, batch_requests=BATCH_REQUESTS
-        )
-        deployment = simulate.Deployment((pool,), (pool,), kv_bytes, link, first_token_from="decode")
-        rows.append(compared(*of_rate, deployment, promise, folder))
-    return rows
+
+    def deployment(times: latency.StepTimes) -> simulate.Deployment:
+        blocks = KV_BYTES // (16 * kv_bytes)
+        pool = simulate.Pool(1, times, blocks, BATCH_TOKENS, batch_requests=BATCH_REQUESTS)
+        return simulate.Deployment((pool,), (pool,), kv_bytes, link, first_token_from="decode")
+
+    return judged(sent, measured, fit, deployment, promise, folder)
 
 
 def main() -> int:

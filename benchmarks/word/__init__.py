@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,24 +138,42 @@ def fitted(
     return latency.step_times(model, GPU, 1, 1, profile)
 
 
-def compared(
-    share: float,
-    rate: float,
-    results: Sequence[load.Result],
-    deployment: simulate.Deployment,
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """A load at `share` of what prefill can bear, and what became of it."""
+
+    share: float
+    rate: float  # req/s
+    results: Sequence[load.Result]
+
+
+def judged(
+    sent: Sequence[Sent],
+    measured: Sequence[Sequence[measurements.Row]],
+    fit: Callable[[Sequence[measurements.Row]], latency.StepTimes],
+    deployment: Callable[[latency.StepTimes], simulate.Deployment],
     promise: simulate.Promise,
     folder: Path,
-) -> Row:
-    """The row of a load at `share` of what prefill can bear: what was served, and what is simulated of what was sent."""
-    trace = folder / f"sent-{share:g}.csv"
-    load.write_csv(results, trace)
-    sent = read_trace(trace)
-    found = simulate.judge(sent, simulate.run(deployment, sent), promise)
+) -> list[Row]:
+    """The row of each load, by what was measured just before it and just after: the machine is faster in one minute than in another."""
+    return [
+        compared(one, deployment(fit([*before, *after])), promise, folder)
+        for one, (before, after) in zip(sent, itertools.pairwise(measured), strict=True)
+    ]
+
+
+def compared(sent: Sent, deployment: simulate.Deployment, promise: simulate.Promise, folder: Path) -> Row:
+    """What was served of a load, and what is simulated of what was sent."""
+    trace = folder / f"sent-{sent.share:g}.csv"
+    load.write_csv(sent.results, trace)
+    requests = read_trace(trace)
+    found = simulate.judge(requests, simulate.run(deployment, requests), promise)
     said = {
         "attainment": found.attainment,
         "ttft": dict(zip(("p50", "p90", "p99"), found.ttft, strict=True)),
         "tpot": dict(zip(("p50", "p90", "p99"), found.tpot, strict=True)),
     }
-    row = Row(rate, len(results), load.summary(results, promise.ttft_s, promise.tpot_s), said, None)
-    print(f"{share:.0%} of prefill: {row.difference * 100:+.1f} points", file=sys.stderr)
+    served = load.summary(sent.results, promise.ttft_s, promise.tpot_s)
+    row = Row(sent.rate, len(sent.results), served, said, None)
+    print(f"{sent.share:.0%} of prefill: {row.difference * 100:+.1f} points", file=sys.stderr)
     return row
