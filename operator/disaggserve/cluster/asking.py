@@ -6,9 +6,9 @@ Who cannot be asked is unknown, not idle.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -16,6 +16,8 @@ from disaggserve import manifests
 from disaggserve.api.plan import Slot, SlotRole
 from disaggserve.cluster.client import Json
 from disaggserve.rollout import PHASES, Instance, Load
+
+T = TypeVar("T")
 
 _TIMEOUT_S = 3.0
 _FAULTS = (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError)
@@ -31,24 +33,24 @@ def _url(pod: Json, path: str) -> str:
     return f"http://{f'[{ip}]' if ':' in ip else ip}:{manifests.HTTP_PORT}{path}"
 
 
-async def _held(http: aiohttp.ClientSession, router: Json) -> Mapping[str, Mapping[str, int]] | None:
+async def _said(
+    http: aiohttp.ClientSession, pod: Json, path: str, read: Callable[[Any], T | None]
+) -> T | None:
+    """What `read` finds in the pod's answer; None also where it does not answer, or answers something else."""
     try:
-        async with http.get(_url(router, "/drain")) as answer:
+        async with http.get(_url(pod, path)) as answer:
             answer.raise_for_status()
-            instances: Mapping[str, Mapping[str, int]] = (await answer.json())["instances"]
-            return instances
+            return read(await answer.json())
     except _FAULTS:
         return None
+
+
+async def _held(http: aiohttp.ClientSession, router: Json) -> Mapping[str, Mapping[str, int]] | None:
+    return await _said(http, router, "/drain", lambda said: said["instances"])
 
 
 async def _state(http: aiohttp.ClientSession, worker: Json) -> Mapping[str, Any] | None:
-    try:
-        async with http.get(_url(worker, "/state")) as answer:
-            answer.raise_for_status()
-            said: Mapping[str, Any] = await answer.json()
-            return said if said["role"] in PHASES else None
-    except _FAULTS:
-        return None
+    return await _said(http, worker, "/state", lambda said: said if said["role"] in PHASES else None)
 
 
 async def _nothing() -> None:
@@ -63,13 +65,10 @@ async def transports(pairs: Sequence[Json]) -> dict[str, str]:
 
 
 async def _transport(http: aiohttp.ClientSession, pair: Json) -> str | None:
-    try:
-        async with http.get(_url(pair, "/state")) as answer:
-            answer.raise_for_status()
-            way = (await answer.json())["transport"]
-            return way if isinstance(way, str) else None
-    except _FAULTS:
-        return None
+    def read(said: Any) -> str | None:
+        return said["transport"] if isinstance(said["transport"], str) else None
+
+    return await _said(http, pair, "/state", read)
 
 
 async def with_words(

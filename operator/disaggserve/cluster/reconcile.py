@@ -48,6 +48,8 @@ _SEARCHES = 3
 """As often a plan is searched for in one reconcile where others take its GPUs meanwhile."""
 _INSIDE = ("shm", "cuda_ipc")
 """Transports that a low-affinity plan means: no byte of KV is sent."""
+_GONE = (404, 409)
+"""The pod is there no longer, or is another by now: the next look sees it."""
 _REFUSALS = (400, 403, 404, 422)
 """What asking again does not help: quota, Pod Security, an admission webhook, a missing service account or namespace."""
 
@@ -516,10 +518,7 @@ class Reconciler:
                 try:
                     await self._relabel(owner, pairs[uid], {"annotations": {manifests.TRANSPORT: way}})
                 except ApiError as error:
-                    if error.status not in (
-                        404,
-                        409,
-                    ):  # it has gone meanwhile, or changed: the next look sees it
+                    if error.status not in _GONE:
                         raise
 
     async def _relabel(self, owner: Owner, instance: rollout.Instance, change: Change) -> None:

@@ -729,15 +729,13 @@ class Joint:
         found: list[Placement] = []
         faults = [fault] if fault else []
         most = self.problem.objective == "goodput"
+        products = self.products
         # An engine that starts, but not so, gets a plan that can be carried out; one that is planned only is planned in full.
         refused = engines.refuse_start(self.problem.engine, True)
         if refused and not engines.refuse_start(self.problem.engine, False):
-            if pools is None:
-                assert fault is not None
-                raise self._neither([fault, Infeasible(fault.limit, refused)])
-            said = [Rejected("pairs in one container", refused)]
-            return dataclasses.replace(pools, rejected=(*pools.rejected, *said)[:MOST_REJECTED])
-        for gpu, inventory in self.products:
+            faults.append(Infeasible("Affinity", refused))
+            products = ()
+        for gpu, inventory in products:
             problem = dataclasses.replace(
                 self.problem,
                 inventory=inventory,

@@ -279,8 +279,8 @@ class Exchange:
                 hold.answered()
                 self._take(instance, answer)
                 return await self._decode_vllm(hold, answer["kv_transfer_params"])
-            named = {"handoff": uuid.uuid4().hex}
-            answer = await self._prefill(instance, request.for_prefill(named["handoff"], resume), named)
+            name = uuid.uuid4().hex
+            answer = await self._prefill(instance, request.for_prefill(name, resume), name)
             hold.answered()
             params = answer["kv_transfer_params"]
             self._take(instance, answer, resumed=resume is not None)
@@ -297,15 +297,14 @@ class Exchange:
                 self._proxy.release(instance, params)
             hold.end()
 
-    async def _prefill(
-        self, instance: Instance, asked: bytes, named: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Its answer. `named`: what is given back where that is not read, though it may have been on its way."""
+    async def _prefill(self, instance: Instance, asked: bytes, handoff: str | None = None) -> dict[str, Any]:
+        """Its answer. `handoff`: by name, what is given back where that is not read, though it may have been on its way."""
         try:
             with contextlib.closing(await self._post(instance, asked)) as reply:
                 body = await reply.read()
         except (UpstreamError, asyncio.CancelledError) as error:
-            self._proxy.release(instance, named or {})
+            if handoff:
+                self._proxy.release(instance, {"handoff": handoff})
             if isinstance(error, UpstreamError):
                 raise Lost(instance, f"{instance} failed: {error}") from error
             raise

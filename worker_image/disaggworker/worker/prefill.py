@@ -29,14 +29,14 @@ class Prefill:
     def __init__(self, instance: Instance, server: KVServer, others: Others | None = None) -> None:
         """`others`: the ranks beside this one."""
         self._instance, self._server, self._others = instance, server, others
-        self._names: dict[Sequence, str] = {}  # of the hand-offs that are asked for
-        self._generations: dict[Sequence, int] = {}  # of the blocks of those that are held
+        # The hand-offs that are asked for: name, and of those that are held their blocks' generation.
+        self._handoffs: dict[Sequence, tuple[str, int | None]] = {}
         instance.engine.hold = self._hold
 
     def _hold(self, sequence: Sequence) -> None:
         """In the engine's thread: the prompt is computed, and its blocks wait for a pull."""
         assert sequence.kv
-        engine, others, handoff = self._instance.engine, self._others, self._names[sequence]
+        engine, others, (handoff, _) = self._instance.engine, self._others, self._handoffs[sequence]
 
         def end() -> None:
             if others:
@@ -45,7 +45,7 @@ class Prefill:
 
         if others:
             others.hold(handoff, sequence.kv.generation, sequence.kv.blocks)
-        self._generations[sequence] = sequence.kv.generation
+        self._handoffs[sequence] = handoff, sequence.kv.generation
         self._server.hold(
             handoff,
             sequence.kv.generation,
@@ -77,7 +77,7 @@ class Prefill:
             output=list(answered),
             hand_off=True,
         )
-        self._names[sequence] = name
+        self._handoffs[sequence] = name, None
         engine.submit(sequence)
         try:
             with self._instance.book.queued(request, sequence.length):
@@ -137,12 +137,14 @@ class Prefill:
                 f"kv_transfer_params.handoff must be a name of 1 to {_LONGEST_NAME} characters.",
                 param="kv_transfer_params",
             )
-        taken = said in self._names.values() or said in self._server.leases
-        return uuid.uuid4().hex if taken else said
+        asked = [
+            name for name, _ in list(self._handoffs.values())
+        ]  # the engine's thread takes some out meanwhile
+        return uuid.uuid4().hex if said in asked or said in self._server.leases else said
 
     def _held(self, sequence: Sequence) -> tuple[str, int]:
         """Forget the sequence; name and generation of the hand-off that is held of it, if one is."""
-        name, generation = self._names.pop(sequence), self._generations.pop(sequence, None)
+        name, generation = self._handoffs.pop(sequence)
         return ("", 0) if generation is None else (name, generation)
 
     def _drop(self, sequence: Sequence) -> None:
