@@ -68,6 +68,22 @@ def test_a_mixed_worker_answers_alone_with_transformers_tokens(
     asyncio.run(test())
 
 
+def test_an_answer_that_ends_with_its_first_tokens_is_streamed_whole(tmp_path: Path) -> None:
+    folder = make_tiny("Qwen/Qwen3-8B", tmp_path / "tiny", layers=2, heads=4, hidden=64)
+
+    async def test() -> None:
+        async with workers(folder, mixed()) as (worker,):
+            for count in (1, 2, 3):
+                body = {"prompt": PROMPTS[4], "max_tokens": count, "temperature": 0, "ignore_eos": True}
+                *tokens, last = await worker.frames({**body, "stream_options": {"include_usage": True}})
+                assert [frame["choices"][0]["finish_reason"] for frame in tokens] == [None] * (count - 1) + [
+                    "length"
+                ]
+                assert last["usage"]["completion_tokens"] == count
+
+    asyncio.run(test())
+
+
 def test_roles_change_while_weights_stay(tmp_path: Path) -> None:
     folder = make_tiny("Qwen/Qwen3-8B", tmp_path / "tiny", layers=2, heads=4, hidden=64)
     prompt, count = PROMPTS[4], TOKENS

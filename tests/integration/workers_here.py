@@ -32,6 +32,15 @@ class Here:
         async with self._session.post(f"http://{self.host}:{PORT}{path}", json=body) as answer:
             return answer.status, json.loads(await answer.read())
 
+    async def frames(self, body: Body) -> list[Any]:
+        """What a stream says, frame by frame; it must end with [DONE]."""
+        url = f"http://{self.host}:{PORT}/v1/completions"
+        async with self._session.post(url, json={**body, "stream": True}) as answer:
+            assert answer.status == 200
+            *frames, done, end = (await answer.read()).split(b"\n\n")
+        assert (done, end) == (b"data: [DONE]", b"")
+        return [json.loads(frame.removeprefix(b"data: ")) for frame in frames]
+
     async def get(self, path: str = "/state") -> Any:
         async with self._session.get(f"http://{self.host}:{PORT}{path}") as answer:
             return json.loads(await answer.read()) if path == "/state" else await answer.text()

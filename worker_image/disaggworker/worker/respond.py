@@ -36,10 +36,11 @@ async def respond(
         headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
     )
     await response.prepare(request)
-    while not reply.finish:
+    ended = False
+    while not ended:  # the reply may have come to its end before this began
         await reply.wait()
         data = b"".join([frames.token(piece) for piece in reply.take()])
-        if reply.finish:
+        if ended := reply.finish is not None:
             data += frames.end(prompt_tokens, reply.tokens, cached)
         await response.write(data)
     await response.write_eof()
