@@ -1,11 +1,12 @@
 """The simulator's word on our own engine: profiled and fitted on this machine, then one prefill and one decode worker serve.
 
-    python -m benchmarks.word_engine [--shares 0.3,0.5,0.65] [--requests 400] [--hidden 512 --layers 8] [--folder DIR]
+    python -m benchmarks.word_engine [--shares 0.25,0.4,0.5] [--requests 300] [--hidden 512 --layers 8] [--folder DIR]
 
-A seeded Llama in float32. `disaggworker profile` measures its prefill on one thread while another process decodes, and its decode
-while another prefills, for so the two workers will share this machine; before, between and after the loads. What it writes just
-before and just after a load is fitted as `disaggserve fit` does. The link is what a bare ZeroMQ socket moves over loopback. A load
-at each of the shares of what the prefill worker can bear is served, and the very requests that were sent are simulated.
+A seeded Llama in float32. `disaggworker profile` measures, over HTTP and apart from the pair that serves, the prefill of a worker while
+another one decodes, and its decode while the first prefills, for so the pair will share this machine. The link is what a bare ZeroMQ
+socket moves over loopback. At each of the shares of what the prefill worker can bear requests are served in several loads, the
+rates in turns, with a profile between every two loads; what was measured just before and just after a rate's loads is fitted as
+`disaggserve fit` does, and the very requests that were sent are simulated.
 """
 
 from __future__ import annotations
@@ -22,26 +23,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 import zmq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.word import Row, Sent, drawn, fitted, judged, profiled, verdict
+from benchmarks.word import DECODE, PREFILL, Row, fitted, judged, profiled, taken, verdict
 from benchmarks.word_paced import SEED, served
 from disaggserve import catalogue, latency, simulate
 from disaggserve.workload import Lengths
-from disaggworker.kv.pool import blocks_in_memory
+from e2e import load
 from e2e.dataplane import DataPlane, fork_server
 from e2e.nodes.tiny import make_tiny
 
 MODEL = "llama"
 HEAD_DIM = 64
-# Lengths as traffic has them: multiplications and attention are faster at powers of two than at what lies beside them.
-PREFILL = ["--batches", "1,2,4", "--prompts", "67,131,237,359,509", "--contexts", "64", "--repeat", "5"]
-DECODE = ["--batches", "1,2,3,4,6,8,12", "--prompts", "67", "--contexts", "77,251,427", "--repeat", "15"]
 BATCH_TOKENS = 512  # of a worker that is not paced
-CONTEXT = 1024
+CONTEXT, BLOCKS = 1024, 1200
 BOUND = 0.05
 
 
@@ -64,69 +61,60 @@ async def measure(shares: Sequence[float], count: int, hidden: int, layers: int,
     heads = hidden // HEAD_DIM
     weights = make_tiny(MODEL, folder / "model", hidden=hidden, layers=layers, heads=heads)
     model = catalogue.model_from_config(MODEL, json.loads((weights / "config.json").read_text()))
-    flags = ["--model", MODEL, "--weights", str(weights)]
-    profile = functools.partial(
-        profiled, [*flags, *PREFILL], [*flags, *DECODE], folder, {"OMP_NUM_THREADS": "1"}
-    )
-    measured = [await asyncio.to_thread(profile)]
-    fit = functools.partial(fitted, engine="torch", model=model, folder=folder)
-    times = fit(measured[0])
-    blocks = blocks_in_memory(
-        model.layers, model.kv_heads, model.head_dim, torch.float32, torch.device("cpu")
-    )
     link = loopback_bytes_s(512 * model.kv_bytes_per_token())
 
-    rng = np.random.default_rng(SEED)
-    pair = (rng.integers(least, most, 1000).astype(np.int32) for least, most in ((64, 513), (16, 65)))
-    lengths = Lengths("64 to 512 in, 16 to 64 out", *pair)
-    one_s = float(np.mean([times.prefill_stage_s([int(n)]) for n in lengths.input]))
-    promise = simulate.Promise(4 * one_s, 1.25 * times.decode_stage_s(8, 8 * 320), 0.9)
-    print(
-        f"1 prefill + 1 decode, {lengths.name}: a prompt takes {one_s * 1e3:.0f} ms on average, a decode step of 8 at "
-        f"320 tokens {promise.tpot_s / 1.25 * 1e3:.0f} ms; link {link / 1e9:.2f} GB/s\n"
-        f"promise: TTFT {promise.ttft_s * 1e3:.0f} ms (4 prompts' time), TPOT {promise.tpot_s * 1e3:.0f} ms (1.25 such steps)"
-    )
-    sent: list[Sent] = []
+    flags = ["--dtype", "float32", "--kv-blocks", str(BLOCKS)]
     async with (
         fork_server(folder) as forks,
-        DataPlane(
-            forks,
-            folder,
-            MODEL,
-            weights,
-            "--dtype",
-            "float32",
-            "--kv-blocks",
-            str(blocks),
-            context_length=CONTEXT,
-        ) as plane,
+        DataPlane(forks, folder, MODEL, weights, *flags, context_length=CONTEXT) as plane,
+        DataPlane(forks, folder / "profiled", MODEL, weights, *flags, context_length=CONTEXT) as apart,
     ):
+        both = await asyncio.gather(apart.worker("mixed"), apart.worker("mixed"))
+        first, second = (
+            ["--model", MODEL, "--url", f"{worker.url}/v1", *grid]
+            for worker, grid in zip(both, (PREFILL, DECODE), strict=True)
+        )
+        profile = functools.partial(profiled, first, second, folder)
+        fit = functools.partial(fitted, engine="torch", model=model, folder=folder)
+        times = fit(await asyncio.to_thread(profile))
+
+        rng = np.random.default_rng(SEED)
+        pair = (rng.integers(least, most, 1000).astype(np.int32) for least, most in ((64, 513), (16, 65)))
+        lengths = Lengths("64 to 512 in, 16 to 64 out", *pair)
+        one_s = float(np.mean([times.prefill_stage_s([int(n)]) for n in lengths.input]))
+        promise = simulate.Promise(4 * one_s, 1.25 * times.decode_stage_s(8, 8 * 320), 0.9)
+        print(
+            f"1 prefill + 1 decode, {lengths.name}: a prompt takes {one_s * 1e3:.0f} ms on average, a decode step of 8 at "
+            f"320 tokens {promise.tpot_s / 1.25 * 1e3:.0f} ms; link {link / 1e9:.2f} GB/s\n"
+            f"promise: TTFT {promise.ttft_s * 1e3:.0f} ms (4 prompts' time), TPOT {promise.tpot_s * 1e3:.0f} ms (1.25 such steps)"
+        )
+        # Memory for KV is taken as it is first used, at the cost of milliseconds a prompt: here all of it is used once.
+        warm = [(0.05 * k, 512, 64) for k in range(40)]
         await asyncio.gather(plane.worker("prefill"), plane.worker("decode"))
-        router = await plane.router("--max-queued", str(count))
+        router = await plane.router("--max-queued", str(max(count, len(warm))))
         await plane.until_sees(router)
-        # Memory for KV is taken as it is first used.
-        warm = [(0.05 * k, 512, 64) for k in range(16)]
         await served(plane, router.url, warm, SEED, promise.ttft_s, promise.tpot_s)
-        for number, share in enumerate(shares, 1):
-            rate = share / one_s
-            requests = drawn(rate, count, lengths, 10 * one_s, SEED)
+
+        async def load_of(requests: Sequence[load.Wanted], number: int) -> Sequence[load.Result]:
             results, *_ = await served(
-                plane, router.url, requests, SEED + number, promise.ttft_s, promise.tpot_s
+                plane, router.url, requests, SEED + 1 + number, promise.ttft_s, promise.tpot_s
             )
-            sent.append(Sent(share, rate, results))
-            measured.append(await asyncio.to_thread(profile))
+            return results
+
+        rates = {share: share / one_s for share in shares}
+        sent = await taken(rates, count, lengths, 10 * one_s, load_of, profile)
 
     def deployment(times: latency.StepTimes) -> simulate.Deployment:
-        pool = simulate.Pool(1, times, blocks, BATCH_TOKENS)
+        pool = simulate.Pool(1, times, BLOCKS, BATCH_TOKENS)
         return simulate.Deployment((pool,), (pool,), model.kv_bytes_per_token(), link)
 
-    return judged(sent, measured, fit, deployment, promise, folder)
+    return judged(sent, fit, deployment, promise, folder)
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description="Served against simulated attainment on our own engine.")
-    p.add_argument("--shares", default="0.3,0.5,0.65", help="of the rate that prefill can bear, with commas")
-    p.add_argument("--requests", type=int, default=400, help="of each rate")
+    p.add_argument("--shares", default="0.25,0.4,0.5", help="of the rate that prefill can bear, with commas")
+    p.add_argument("--requests", type=int, default=300, help="of each rate")
     p.add_argument("--hidden", type=int, default=512, help="a multiple of 128")
     p.add_argument("--layers", type=int, default=8)
     p.add_argument("--folder", type=Path, help="where measurements, profile and logs stay; left out: nowhere")

@@ -1,12 +1,12 @@
 """The simulator's word on a real vLLM: one prefill and one decode instance on this CPU, against the same requests simulated.
 
-    python -m benchmarks.word_vllm [--shares 0.3,0.45,0.6] [--requests 300] [--folder DIR]     # needs: make e2e-vllm
+    python -m benchmarks.word_vllm [--shares 0.25,0.4,0.5] [--requests 300] [--folder DIR]     # needs: make e2e-vllm
 
 A seeded Llama of 100M parameters in bfloat16 is served by two vLLM of one thread each behind our router. `disaggworker profile`
 measures the prefill of one over HTTP while the other decodes, and the decode of this one while the first prefills, for so they will
-share this machine; before, between and after the loads. What it writes just before and just after a load is fitted as `disaggserve
-fit` does. The link is what decode's own figures say of a few pulls. Then Poisson requests at shares of what prefill can bear go
-through the router, and the very requests that were sent are simulated.
+share this machine. The link is what decode's own figures say of a few pulls. At each of the shares of what prefill can bear Poisson
+requests go through the router in several loads, the rates in turns, with a profile between every two loads; what was measured just
+before and just after a rate's loads is fitted as `disaggserve fit` does, and the very requests that were sent are simulated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.word import Row, Sent, drawn, fitted, judged, profiled, verdict
+from benchmarks.word import DECODE, PREFILL, Row, fitted, judged, profiled, taken, verdict
 from disaggserve import catalogue, latency, simulate
 from disaggserve.workload import Lengths
 from disaggworker.router.app import serving
@@ -50,10 +50,7 @@ HOSTS = {"prefill": "127.0.91.1", "decode": "127.0.91.2"}
 ROUTER = "127.0.91.3"
 PORT, CONTEXT, VOCABULARY = 8000, 1024, 700
 KV_BYTES, BATCH_TOKENS, BATCH_REQUESTS = 1 << 30, 2048, 16
-GRIDS = {
-    "prefill": ["--batches", "1", "--prompts", "32,64,128,256,512", "--contexts", "64", "--repeat", "8"],
-    "decode": ["--batches", "1,2,4,8,16", "--prompts", "64", "--contexts", "64,256,512", "--repeat", "3"],
-}
+GRIDS = {"prefill": PREFILL, "decode": DECODE}
 START_S = 600.0
 SEED = 0
 BOUND = 0.05
@@ -167,10 +164,9 @@ def _moved() -> tuple[float, float]:
 
 def measure(weights: Path, folder: Path, url: str, count: int, shares: Sequence[float]) -> list[Row]:
     model = catalogue.model_from_config(MODEL, json.loads((weights / "config.json").read_text()))
-    profile = functools.partial(profiled, profile_of("prefill"), profile_of("decode"), folder, {})
-    measured = [profile()]
+    profile = functools.partial(profiled, profile_of("prefill"), profile_of("decode"), folder)
     fit = functools.partial(fitted, engine="vllm", model=model, folder=folder)
-    times = fit(measured[0])
+    times = fit(profile())
     kv_bytes = model.kv_bytes_per_token()
     link = link_bytes_s(url)
 
@@ -184,25 +180,24 @@ def measure(weights: Path, folder: Path, url: str, count: int, shares: Sequence[
         f"tokens {promise.tpot_s / 1.25 * 1e3:.0f} ms; link {link / 1e9:.2f} GB/s\n"
         f"promise: TTFT {promise.ttft_s * 1e3:.0f} ms (4 prompts' time), TPOT {promise.tpot_s * 1e3:.0f} ms (1.25 such steps)"
     )
-    sent: list[Sent] = []
-    for share in shares:
-        rate = share / one_s
-        requests = drawn(rate, count, lengths, 10 * one_s, SEED)
-        results = asyncio.run(load.run_load(url, MODEL, requests, vocab=VOCABULARY, seed=SEED))
-        sent.append(Sent(share, rate, results))
-        measured.append(profile())
+
+    async def load_of(requests: Sequence[load.Wanted], number: int) -> Sequence[load.Result]:
+        return await load.run_load(url, MODEL, requests, vocab=VOCABULARY, seed=SEED + number)
+
+    rates = {share: share / one_s for share in shares}
+    sent = asyncio.run(taken(rates, count, lengths, 10 * one_s, load_of, profile))
 
     def deployment(times: latency.StepTimes) -> simulate.Deployment:
         blocks = KV_BYTES // (16 * kv_bytes)
         pool = simulate.Pool(1, times, blocks, BATCH_TOKENS, batch_requests=BATCH_REQUESTS)
         return simulate.Deployment((pool,), (pool,), kv_bytes, link, first_token_from="decode")
 
-    return judged(sent, measured, fit, deployment, promise, folder)
+    return judged(sent, fit, deployment, promise, folder)
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description="Served against simulated attainment on a real vLLM.")
-    p.add_argument("--shares", default="0.3,0.45,0.6", help="of the rate that prefill can bear, with commas")
+    p.add_argument("--shares", default="0.25,0.4,0.5", help="of the rate that prefill can bear, with commas")
     p.add_argument("--requests", type=int, default=300, help="of each rate")
     p.add_argument("--folder", type=Path, help="where measurements and profile stay; left out: nowhere")
     a = p.parse_args()

@@ -33,7 +33,7 @@ from e2e.nodes.addresses import Addresses
 from e2e.nodes.processes import WORKER_MODULES, ForkServerClient, Process
 
 Json = dict[str, Any]
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "mixed"]
 
 PORT, KV_PORT = 8000, 5600
 PATIENCE_S = 60.0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from disaggserve.workload import Lengths, Workload, read_trace
 from e2e import load
 
 ROOT = Path(__file__).resolve().parents[2]
+# What `disaggworker profile` measures over HTTP, short: it is measured often. Lengths as traffic has them: multiplications and
+# attention are faster at powers of two than at what lies beside them.
+PREFILL = ["--batches", "1", "--prompts", "67,131,237,359,509", "--contexts", "64", "--repeat", "4"]
+DECODE = ["--batches", "1,2,4,8", "--prompts", "67", "--contexts", "101,331", "--repeat", "1"]
+PARTS = 5  # loads of each rate
+_IDLE_S = 10.0  # between two of them, in the trace that is simulated
 LATE_BOUND = 0.01  # of the steps of a paced worker
 # Bounds every measured step from below, and no CPU comes near: a profile is of a model and a GPU of the catalogue.
 GPU = catalogue.gpu("NVIDIA-A100-SXM4-80GB")
@@ -85,24 +92,20 @@ def drawn(rate: float, count: int, lengths: Lengths, spare_s: float, seed: int) 
     return [(int(at) / 1e9, int(i), int(o)) for at, i, o in rows][:count]
 
 
-def profiled(
-    prefill: Sequence[str], decode: Sequence[str], folder: Path, environment: Mapping[str, str]
-) -> list[measurements.Row]:
+def profiled(prefill: Sequence[str], decode: Sequence[str], folder: Path) -> list[measurements.Row]:
     """Prefill's rows of `disaggworker profile` with the arguments `prefill` while another decodes, and decode's with the
     arguments `decode` while another prefills: so two workers will share this machine."""
     found = []
     for phase, mine, beside in (("prefill", prefill, decode), ("decode", decode, prefill)):
-        rows = _beside(mine, beside, folder / f"measurements-{phase}.csv", environment)
+        rows = _beside(mine, beside, folder / f"measurements-{phase}.csv")
         found += [row for row in rows if row.phase == phase]
     return found
 
 
-def _beside(
-    mine: Sequence[str], other: Sequence[str], csv: Path, environment: Mapping[str, str]
-) -> tuple[measurements.Row, ...]:
+def _beside(mine: Sequence[str], other: Sequence[str], csv: Path) -> tuple[measurements.Row, ...]:
     program = [sys.executable, "-m", "disaggworker", "profile"]
     path = os.pathsep.join(str(ROOT / part) for part in ("operator", "worker_image"))
-    env = os.environ | environment | {"PYTHONPATH": path}
+    env = os.environ | {"PYTHONPATH": path}
     endless = [*program, *other, "--repeat", "100000", "-o", os.devnull]
     beside = subprocess.Popen(endless, env=env, stdout=subprocess.DEVNULL)
     try:
@@ -138,34 +141,63 @@ def fitted(
     return latency.step_times(model, GPU, 1, 1, profile)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Sent:
-    """A load at `share` of what prefill can bear, and what became of it."""
+    """Loads at `share` of what prefill can bear: what became of them, and what was measured just before and just after each."""
 
     share: float
     rate: float  # req/s
-    results: Sequence[load.Result]
+    loads: list[Sequence[load.Result]] = dataclasses.field(default_factory=list)
+    measured: list[measurements.Row] = dataclasses.field(default_factory=list)
+
+    def joined(self) -> list[load.Result]:
+        """One load after another, each into an idle deployment."""
+        found: list[load.Result] = []
+        begins_s = 0.0
+        for results in self.loads:
+            found += [dataclasses.replace(r, arrival_s=begins_s + r.arrival_s) for r in results]
+            ends_s = max(r.arrival_s + r.ttft_s + r.tpot_s * r.output_tokens for r in results)
+            begins_s += ends_s + _IDLE_S
+        return found
+
+
+async def taken(
+    shares: Mapping[float, float],
+    count: int,
+    lengths: Lengths,
+    spare_s: float,
+    load_of: Callable[[Sequence[load.Wanted], int], Awaitable[Sequence[load.Result]]],
+    profile: Callable[[], Sequence[measurements.Row]],
+) -> list[Sent]:
+    """`count` requests at each of the rates of `shares`, in `PARTS` loads, in turns with the other rates and with profiles, so that
+    the machine's faster and slower minutes come to all alike. `load_of` is told a number, of which no two loads have the same."""
+    sent = [Sent(share, rate) for share, rate in shares.items()]
+    before = await asyncio.to_thread(profile)
+    for number, (part, one) in enumerate(itertools.product(range(PARTS), sent)):
+        some = count * (part + 1) // PARTS - count * part // PARTS
+        one.loads.append(await load_of(drawn(one.rate, some, lengths, spare_s, number), number))
+        after = await asyncio.to_thread(profile)
+        one.measured += [*before, *after]
+        before = after
+        print(f"load {number + 1} of {PARTS * len(sent)}: {one.share:.0%} of prefill", file=sys.stderr)
+    return sent
 
 
 def judged(
     sent: Sequence[Sent],
-    measured: Sequence[Sequence[measurements.Row]],
     fit: Callable[[Sequence[measurements.Row]], latency.StepTimes],
     deployment: Callable[[latency.StepTimes], simulate.Deployment],
     promise: simulate.Promise,
     folder: Path,
 ) -> list[Row]:
-    """The row of each load, by what was measured just before it and just after: the machine is faster in one minute than in another."""
-    return [
-        compared(one, deployment(fit([*before, *after])), promise, folder)
-        for one, (before, after) in zip(sent, itertools.pairwise(measured), strict=True)
-    ]
+    """The row of each rate."""
+    return [compared(one, deployment(fit(one.measured)), promise, folder) for one in sent]
 
 
 def compared(sent: Sent, deployment: simulate.Deployment, promise: simulate.Promise, folder: Path) -> Row:
-    """What was served of a load, and what is simulated of what was sent."""
-    trace = folder / f"sent-{sent.share:g}.csv"
-    load.write_csv(sent.results, trace)
+    """What was served at a rate, and what is simulated of what was sent."""
+    trace, results = folder / f"sent-{sent.share:g}.csv", sent.joined()
+    load.write_csv(results, trace)
     requests = read_trace(trace)
     found = simulate.judge(requests, simulate.run(deployment, requests), promise)
     said = {
@@ -173,7 +205,5 @@ def compared(sent: Sent, deployment: simulate.Deployment, promise: simulate.Prom
         "ttft": dict(zip(("p50", "p90", "p99"), found.ttft, strict=True)),
         "tpot": dict(zip(("p50", "p90", "p99"), found.tpot, strict=True)),
     }
-    served = load.summary(sent.results, promise.ttft_s, promise.tpot_s)
-    row = Row(sent.rate, len(sent.results), served, said, None)
-    print(f"{sent.share:.0%} of prefill: {row.difference * 100:+.1f} points", file=sys.stderr)
-    return row
+    served = load.summary(results, promise.ttft_s, promise.tpot_s)
+    return Row(sent.rate, len(results), served, said, None)
