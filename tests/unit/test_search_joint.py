@@ -20,9 +20,14 @@ OTHER_SEEDS = range(1000, 1010)  # never used by a search
 
 
 def nodes(
-    n: int = 4, gpu: catalogue.GPU = A100, free: int = 8, rdma: bool = True, prefix: str = "gpu"
+    n: int = 4,
+    gpu: catalogue.GPU = A100,
+    free: int = 8,
+    rdma: bool = True,
+    prefix: str = "gpu",
+    simulated: bool = True,
 ) -> tuple[Node, ...]:
-    return tuple(Node(f"{prefix}-{i}", gpu, 8, free, 100, True, rdma, (), "", False) for i in range(n))
+    return tuple(Node(f"{prefix}-{i}", gpu, 8, free, 100, True, rdma, (), "", simulated) for i in range(n))
 
 
 def problem(

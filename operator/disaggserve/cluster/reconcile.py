@@ -18,7 +18,7 @@ from disaggserve import drift, manifests, plan, rollout
 from disaggserve.api.errors import DisaggServeError, Infeasible, InvalidManifest
 from disaggserve.api.manifest import parse_spec
 from disaggserve.api.model import seconds
-from disaggserve.api.plan import Commit, ExcludedNode, Plan, Slot, digest
+from disaggserve.api.plan import Commit, ExcludedNode, Plan, Setting, Slot, digest
 from disaggserve.api.spec import Spec
 from disaggserve.api.status import Decision, Observed, Proposal, RolloutStatus
 from disaggserve.cluster import asking, metrics, observe, searching
@@ -46,7 +46,7 @@ _RETRY_S = 10.0
 _REST_S = 300.0
 _SEARCHES = 3
 """As often a plan is searched for in one reconcile where others take its GPUs meanwhile."""
-_INSIDE = ("shm", "cuda_ipc")
+_INSIDE = frozenset({"shm", "cuda_ipc"})
 """Transports that a low-affinity plan means: no byte of KV is sent."""
 _GONE = (404, 409)
 """The pod is there no longer, or is another by now: the next look sees it."""
@@ -546,7 +546,7 @@ class Reconciler:
         count = sum(s.identity in ready for s in target)
         what = "pairs" if latest.commit.plan.paired else "instances"
         words = f"{count} of {len(target)} planned {what} and {'a' if router else 'no'} router ready"
-        words += _transports_in_words([_transport(p) for p in snap.own_pods])
+        words += _transports_in_words([_transport(p) for p in snap.own_pods], latest.commit.plan.setting)
         troubles = [
             f"{p['metadata']['name']}: {t}"
             for p in (*snap.own_pods, *snap.routers)
@@ -633,11 +633,12 @@ def _transport(pod: Json) -> str:
     return str(pod["metadata"].get("annotations", {}).get(manifests.TRANSPORT, ""))
 
 
-def _transports_in_words(ways: Sequence[str]) -> str:
+def _transports_in_words(ways: Sequence[str], setting: Setting | None) -> str:
     used = sorted({way for way in ways if way})
     if not used:
         return ""
-    slow = [way for way in used if way not in _INSIDE]
+    planned = _INSIDE | {setting.link if setting else ""}
+    slow = [way for way in used if way not in planned]
     fault = ", which is slower than the link inside a node that the plan reckons with" if slow else ""
     return f"; inside pairs KV goes by {' and '.join(used)}{fault}"
 

@@ -190,7 +190,11 @@ class Joint:
                 for some in (fast, nodes) if len(fast) < len(nodes) else (nodes,):
                     prefill, decode = ([n for n in some if n.gpu is gpu] for gpu in (a, b))
                     if prefill and decode:
-                        links = [hardware.kv_link(p, d, False) for p in prefill for d in decode]
+                        links = [
+                            predicting.link_between(p, d, self.problem.engine)
+                            for p in prefill
+                            for d in decode
+                        ]
                         link = min(links, key=lambda x: (x.bytes_per_s, -x.latency_s))
                         found.append(Ground(a, b, Inventory(some, refused), link))
         return found
@@ -457,7 +461,7 @@ class Joint:
             self.rejected.append(Rejected(str(one), f"does not fit the free GPUs: {e}"))
             return None
         groups = one.groups(group.nodes)
-        link = predicting.kv_link(inventory, groups)
+        link = predicting.kv_link(inventory, groups, self.problem.engine)
         split = Split(0, one.shape, one.count, one.shape, 0)
         return Plan(
             split,
@@ -702,6 +706,7 @@ class Joint:
             f"{np.mean(steady):.0%} and both for {kept:.0%} of the requests; KV of a prompt takes "
             f"{milliseconds(moved_s)}"
         )
+        message += predicting.carried(ground.link, problem.engine)
         moved_in = "TPOT" if problem.engine.first_token_from == "prefill" else "TTFT"
         limit: str = what
         if what == moved_in and ground.link.name == "tcp":
@@ -830,7 +835,7 @@ class Joint:
     def _plan(self, split: Split, groups: tuple[Group, ...]) -> Plan:
         """The split as it is simulated; without groups on any nodes of its ground, at its slowest link."""
         problem, ground = self.problem, self.grounds[split.ground]
-        link = predicting.kv_link(ground.inventory, groups) if groups else ground.link
+        link = predicting.kv_link(ground.inventory, groups, problem.engine) if groups else ground.link
         where: dict[Role, GPU] = {"prefill": ground.prefill, "decode": ground.decode}
         wanted: list[packing.Wanted] = [
             ("prefill", *split.prefill, split.n),

@@ -197,8 +197,8 @@ class Pair:
                         print(said := why, file=sys.stderr)
         if self._state["transport"] == "zmq":
             print(
-                "KV of this pair goes through messages, not through shared memory: the workers cannot map each other's. It is "
-                "slower than the plan reckons with.",
+                "KV of this pair goes through messages, not through shared memory: the workers cannot map each other's, or it is "
+                "a GPU's.",
                 file=sys.stderr,
             )
         self._state["status"] = "ready"
