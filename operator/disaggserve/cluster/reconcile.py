@@ -49,7 +49,7 @@ _SEARCHES = 3
 _INSIDE = frozenset({"shm", "cuda_ipc"})
 """Transports that a low-affinity plan means: no byte of KV is sent."""
 _GONE = (404, 409)
-"""The pod is there no longer, or is another by now: the next look sees it."""
+"""The pod is there no longer, or is another by now."""
 _REFUSALS = (400, 403, 404, 422)
 """What asking again does not help: quota, Pod Security, an admission webhook, a missing service account or namespace."""
 
@@ -504,7 +504,8 @@ class Reconciler:
                 return why
         chunk = None if turn.slot.chunk is None else str(turn.slot.chunk)
         labels = {manifests.ROLE: turn.slot.role, manifests.CHUNK: chunk, manifests.REVISION: str(revision)}
-        await self._relabel(owner, turn.instance, {"labels": labels})
+        if not await self._relabel(owner, turn.instance, {"labels": labels}):
+            return f"{turn.instance.name} is gone, and did not become {turn.slot.role}"
         return ""
 
     async def _note_transports(self, owner: Owner, snap: observe.Snapshot) -> None:
@@ -515,16 +516,18 @@ class Reconciler:
             return
         for uid, way in (await asking.transports([pods[uid] for uid in pairs])).items():
             if _transport(pods[uid]) != way:
-                try:
-                    await self._relabel(owner, pairs[uid], {"annotations": {manifests.TRANSPORT: way}})
-                except ApiError as error:
-                    if error.status not in _GONE:
-                        raise
+                await self._relabel(owner, pairs[uid], {"annotations": {manifests.TRANSPORT: way}})
 
-    async def _relabel(self, owner: Owner, instance: rollout.Instance, change: Change) -> None:
-        await self._cluster.merge(
-            PODS, owner.namespace, instance.name, {"metadata": {"uid": instance.uid, **change}}
-        )
+    async def _relabel(self, owner: Owner, instance: rollout.Instance, change: Change) -> bool:
+        """Whether the pod was still there; where not there is nothing to change, and the next look sees that."""
+        body = {"metadata": {"uid": instance.uid, **change}}
+        try:
+            await self._cluster.merge(PODS, owner.namespace, instance.name, body)
+        except ApiError as error:
+            if error.status not in _GONE:
+                raise
+            return False
+        return True
 
     # ---- say
 
