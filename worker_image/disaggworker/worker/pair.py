@@ -181,9 +181,9 @@ class Pair:
                 except (aiohttp.ClientError, TimeoutError, LookupError) as e:
                     if said != (why := f"No KV goes from prefill to decode in this pair: {e!r}."):
                         print(said := why, file=sys.stderr)
-        if self._state["transport"] == "zmq":
+        if self._state["transport"] in ("zmq", "tcp"):
             print(
-                "KV of this pair goes through messages, not through shared memory: the workers cannot map each other's. It is "
+                "KV of this pair goes through sockets, not through shared memory: the workers cannot map each other's. It is "
                 "slower than the plan reckons with.",
                 file=sys.stderr,
             )
