@@ -195,10 +195,9 @@ class Pair:
                 except (aiohttp.ClientError, TimeoutError, LookupError) as e:
                     if said != (why := f"No KV goes from prefill to decode in this pair: {e!r}."):
                         print(said := why, file=sys.stderr)
-        if self._state["transport"] == "zmq":
+        if self._state["transport"] in ("zmq", "tcp"):
             print(
-                "KV of this pair goes through messages, not through shared memory: the workers cannot map each other's, or it is "
-                "a GPU's.",
+                "KV of this pair goes through sockets, not through shared memory: the workers cannot map each other's, or it is a GPU's.",
                 file=sys.stderr,
             )
         self._state["status"] = "ready"
