@@ -236,7 +236,7 @@ RDMA_400G = Link("rdma", 50e9, 100e-6)
 TCP = Link("tcp", 0.5e9, 1e-3)
 # Our engine's messages through the memory of the hosts, whatever links their GPUs: at most what ZeroMQ was measured to move
 # over loopback, 256 MB at a time and with nothing to copy from or to a GPU; a small transfer took 1.1 ms
-# (benchmarks/README.md, KV over ZeroMQ).
+# (benchmarks/README.md, KV over TCP and over ZeroMQ).
 ZMQ = Link("zmq", 2.4e9, 1e-3)
 
 
