@@ -29,7 +29,7 @@ PROMISE = simulate.Promise(0.25, 0.1, 0.9)
 
 def problem(rate: float, algorithm: Literal["DistServe", "Joint"], nodes: int = 4) -> search.Problem:
     lengths = preset("sharegpt").scaled(1.0, 2048)
-    where = tuple(Node(f"gpu-{i:03}", A100, 8, 8, 100, True, True, (), "", False) for i in range(nodes))
+    where = tuple(Node(f"gpu-{i:03}", A100, 8, 8, 100, True, True, (), "", True) for i in range(nodes))
     return search.Problem(
         catalogue.model("facebook/opt-13b"),
         PROMISE,

@@ -1,22 +1,23 @@
 """How fast KV is pulled, against a bare transfer of the same bytes, both in one run and in turns.
 
-    python -m benchmarks.kv [--mb 0.3 16 256] [--rounds 15] [--ways zmq shm nixl]
+    python -m benchmarks.kv [--mb 0.3 16 256] [--rounds 15] [--ways zmq tcp shm nixl]
 
 Server and puller are processes. The blocks of a transfer are scattered over the pools of both, 128 KB each in one layer, as a
 13B model's KV heads on two GPUs. Against
 
-* zmq: a bare pyzmq DEALER that receives the same bytes, 1 MB a message, from a ROUTER that sends them from memory without a
+* zmq, tcp: a bare pyzmq DEALER that receives the same bytes, 1 MB a message, from a ROUTER that sends them from memory without a
   copy, all at once. It drops them; "landed", it has them in memory of its own afterwards, one after another. Ours, beyond that,
-  gathers each piece from blocks, writes it to blocks, and sends no more than the puller has room for;
+  takes them from blocks and puts them into blocks, and sends no more than the puller has room for;
 * nixl: one READ of the same bytes, in one piece on both sides, prepared once, by the same agents;
 * shm: a memcpy of the same bytes in the puller.
 
-Above 100 % ours is faster. CPU is of both processes, per GB.
+Ours ends when the KV is known to be good: for nixl and shm with the word that it was still held. Above 100 % ours is faster. CPU is of both processes, per GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import multiprocessing
 import random
@@ -35,7 +36,7 @@ from disaggserve import protocol
 from disaggworker.kv.blocks import BLOCK_TOKENS
 from disaggworker.kv.nixl import Nixl
 from disaggworker.kv.pool import Pool
-from disaggworker.kv.pull import Puller
+from disaggworker.kv.pull import KVClient, Pulled, Puller
 from disaggworker.kv.serve import KVServer
 from disaggworker.kv.shm import Shm
 from disaggworker.kv.transport import OneSided
@@ -88,7 +89,7 @@ def serve(pipe: Connection, way: str, megabytes: float, port: int) -> None:
     """Holds one hand-off for good, and beside it sends bare messages, until it is told to end."""
     torch.set_num_threads(1)
     pool = a_pool(megabytes, shared=way == "shm")
-    server = KVServer(HOST, port, KEY, 3600.0, ways=ways(way))
+    server = KVServer(HOST, port, KEY, 3600.0, ways=ways(way), streams=way == "tcp")
     server.serve(pool)
     blocks = scattered(megabytes, 1)
     server.hold("h", 1, blocks, [0] * (len(blocks) * BLOCK_TOKENS), lambda: None)
@@ -191,8 +192,17 @@ def measure(way: str, megabytes: float, rounds: int, port: int) -> str:
             pairing_key=KEY,
             seed=0,
         )
-        puller = Puller(KEY, a_pool(megabytes, shared=False), ways=ways(way))
-        pulled = puller.pull(handoff, blocks)
+        puller = Puller(KEY, a_pool(megabytes, shared=False), ways=ways(way), streams=way == "tcp")
+        loop, client = asyncio.new_event_loop(), KVClient(KEY)
+
+        def pull() -> Pulled:
+            """As `KVClient` does it: what the puller has read itself is good if it is still held afterwards."""
+            pulled = puller.pull(handoff, blocks)
+            if way in ("shm", "nixl"):
+                loop.run_until_complete(client.renew(handoff))
+            return pulled
+
+        pulled = pull()
         assert pulled.ways == {way}, pulled.ways
         bare: dict[str, Callable[[], None]] = (
             {"": bare_nixl(puller, port, megabytes)}
@@ -205,10 +215,12 @@ def measure(way: str, megabytes: float, rounds: int, port: int) -> str:
             work()
         took: dict[str, list[Pair]] = {name: [] for name in bare}
         for _ in range(rounds):
-            ours = timed(lambda: puller.pull(handoff, blocks), pipe)
+            ours = timed(pull, pipe)
             for name, work in bare.items():
                 took[name].append((ours, timed(work, pipe)))
         puller.close()
+        loop.run_until_complete(client.close())
+        loop.close()
     finally:
         pipe.send(False)
         process.join(10)
@@ -233,7 +245,9 @@ def main() -> None:
     )
     parser.add_argument("--mb", type=float, nargs="+", default=[0.3, 16.0, 256.0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--ways", nargs="+", default=["zmq", "shm"], choices=["zmq", "shm", "nixl"])
+    parser.add_argument(
+        "--ways", nargs="+", default=["zmq", "tcp", "shm"], choices=["zmq", "tcp", "shm", "nixl"]
+    )
     flags = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'way':5} {'bare':6} {'size':>11} {'ours':>8} {'bare':>8}      bare time / ours")

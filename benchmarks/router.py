@@ -5,8 +5,10 @@
 An engine without a model answers prefill at once and sends a chunk every 5 or 10 ms. The same streams are read from it directly,
 through our router and through vllm-router 0.1.17 in prefill-decode mode, in turn, in one run: so many at a time, begun at random
 moments, each followed by the next. Engine, routers and client have a process each, and the first and the last are bare asyncio
-protocols, so that they are not what is measured. CPU is the router process's own, from /proc, requests included. The peer gets an
-environment of its own in the user's cache folder. Ratios are what may be compared between machines.
+protocols, so that they are not what is measured. CPU is the router process's own, from /proc, requests included. Chunks say when
+they were sent, since timers of 5 ms are a millisecond off: *chunk* is the time that one takes to the client, *gap* the time between
+two at the client less that between them where they were sent. The peer gets an environment of its own in the user's cache folder.
+Ratios are what may be compared between machines.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -43,8 +46,10 @@ CHUNKS = 64
 PROMPT = [7] * 512
 POINTS = ((32, 5.0), (128, 10.0), (128, 5.0))  # streams, ms between chunks
 _HEAD = b'{"id":"cmpl-0","object":"text_completion","created":1,"model":"none","choices":[{"index":0,"text":'
-FRAME = b"data: " + _HEAD + b'" a","logprobs":null,"finish_reason":null}]}\n\n'
-NAMED = b"data: " + _HEAD + b'" a","logprobs":null,"finish_reason":null,"token_ids":[7]}]}\n\n'
+# With the time of sending for its text: 17 bytes, whenever.
+FRAME = b"data: " + _HEAD + b'"%017.6f","logprobs":null,"finish_reason":null}]}\n\n'
+NAMED = b"data: " + _HEAD + b'"%017.6f","logprobs":null,"finish_reason":null,"token_ids":[7]}]}\n\n'
+TEXT = re.compile(rb'"text":"([^"]+)"')
 DONE = b"data: [DONE]\n\n"
 HEADERS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -87,7 +92,7 @@ class Engine(asyncio.Protocol):
             self._answer(msgspec.json.encode(self._prefilled(asked)), b"200 OK")
             return
         self._frame = NAMED if asked.get("return_token_ids") else FRAME
-        self._frame = b"%x\r\n%b\r\n" % (len(self._frame), self._frame)
+        self._frame = b"%x\r\n%b\r\n" % (len(self._frame % 0), self._frame)
         # Our router has streamed prefill's token as the first.
         self._left = asked["max_tokens"] - ("seed" in params)
         self._pace_s, self._due_s = asked["seed"] / 1e3, self._loop.time()
@@ -113,12 +118,13 @@ class Engine(asyncio.Protocol):
 
     def _next(self) -> None:
         self._left -= 1
+        frame = self._frame % time.perf_counter()
         if self._left:
-            self._transport.write(self._frame)
+            self._transport.write(frame)
             self._due_s += self._pace_s
             self._timer = self._loop.call_at(self._due_s, self._next)
         else:
-            self._transport.write(self._frame + b"%x\r\n%b\r\n0\r\n\r\n" % (len(DONE), DONE))
+            self._transport.write(frame + b"%x\r\n%b\r\n0\r\n\r\n" % (len(DONE), DONE))
 
 
 async def engine(pipe: Connection) -> None:
@@ -156,6 +162,8 @@ class Figures:
     """Of one path at one point, over all rounds."""
 
     ttft_s: list[float] = field(default_factory=list)
+    chunk_s: list[float] = field(default_factory=list)
+    gap_s: list[float] = field(default_factory=list)
     p99_ms: list[float] = field(default_factory=list)  # of each round's: so a disturbed one is seen
     chunks: int = 0
     cpu_s: float = 0.0
@@ -167,6 +175,7 @@ class Stream(asyncio.Protocol):
 
     def __init__(self, request: bytes, chunks: int, ends_s: float, figures: Figures) -> None:
         self._request, self._chunks, self._ends_s, self._figures = request, chunks, ends_s, figures
+        self._late_s = 0.0
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -181,16 +190,15 @@ class Stream(asyncio.Protocol):
         if not self._seen and not self._tail and not data.startswith(b"HTTP/1.1 200"):
             self._end(AssertionError(data[:300]))
             return
-        # Only "data: " is looked for, which may be cut between two pieces: so the last bytes are kept.
-        whole = self._tail + data
-        seen = whole.count(b"data: ")
-        self._tail = whole[-5:]
-        if seen and not self._seen:
-            self._figures.ttft_s.append(time.perf_counter() - self._sent_s)
-        self._seen += seen
+        # Only texts are looked for. One may be cut between two pieces: so what follows the last whole one is kept.
+        whole, now_s, end = self._tail + data, time.perf_counter(), 0
+        for text in TEXT.finditer(whole):
+            self._note(text[1], now_s)
+            end = text.end()
+        self._tail = whole[end:]
         if not whole.endswith(b"0\r\n\r\n"):
             return
-        if self._seen != self._chunks + 1:
+        if self._seen != self._chunks or DONE not in whole:
             self._end(AssertionError(f"{self._seen} frames, not {self._chunks} and [DONE]: {whole[-300:]!r}"))
             return
         self._figures.chunks += self._chunks
@@ -198,6 +206,18 @@ class Stream(asyncio.Protocol):
             self._ask()
         else:
             self._end(None)
+
+    def _note(self, text: bytes, now_s: float) -> None:
+        """One chunk. The first may be prefill's, which says no time; how long the second takes has the hand-off in it."""
+        self._seen += 1
+        if self._seen == 1:
+            self._figures.ttft_s.append(now_s - self._sent_s)
+            return
+        late_s = now_s - float(text)
+        if self._seen > 2:
+            self._figures.chunk_s.append(late_s)
+            self._figures.gap_s.append(late_s - self._late_s)
+        self._late_s = late_s
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(exc or ConnectionError("the connection ended"))
@@ -324,6 +344,8 @@ def p99_ms(times_s: list[float]) -> float:
 
 def row(path: str, f: Figures) -> dict[str, float]:
     out = {"ttft_p50_ms": 1e3 * statistics.median(f.ttft_s), "ttft_p99_ms": p99_ms(f.ttft_s)}
+    for name, times_s in (("chunk", f.chunk_s), ("gap", f.gap_s)):
+        out |= {f"{name}_p50_ms": 1e3 * statistics.median(times_s), f"{name}_p99_ms": p99_ms(times_s)}
     out["chunks_per_s"] = f.chunks / f.wall_s
     if path != "direct":
         out |= {"cpu_us_per_chunk": 1e6 * f.cpu_s / f.chunks, "chunks_per_core_s": f.chunks / f.cpu_s}
@@ -335,7 +357,9 @@ def compared(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
     ours = rows["ours"]
     return {
         f"ours over {path}": {
-            k: round(ours[k] / v, 2) for k, v in theirs.items() if k.startswith(("ttft", "cpu"))
+            k: round(ours[k] / v, 2)
+            for k, v in theirs.items()
+            if k.startswith(("ttft", "chunk_", "gap_p99", "cpu"))
         }
         for path, theirs in rows.items()
         if path != "ours"

@@ -136,7 +136,7 @@ def inventory(rdma: bool) -> Inventory:
             rdma=rdma,
             fabric=(),
             zone="",
-            simulated=False,
+            simulated=True,
         )
         for n in range(NODES)
     )

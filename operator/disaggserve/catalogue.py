@@ -218,7 +218,7 @@ class GPU:
 class Link:
     """A way for KV from one GPU to another: transfer time = latency + bytes / rate."""
 
-    name: Literal["nvlink", "pcie", "rdma", "tcp"]
+    name: Literal["nvlink", "pcie", "rdma", "tcp", "zmq"]
     bytes_per_s: float
     latency_s: float
 
@@ -234,6 +234,10 @@ RDMA_100G = Link("rdma", 12.5e9, 100e-6)
 RDMA_200G = Link("rdma", 25e9, 100e-6)
 RDMA_400G = Link("rdma", 50e9, 100e-6)
 TCP = Link("tcp", 0.5e9, 1e-3)
+# Our engine's messages through the memory of the hosts, whatever links their GPUs: at most what ZeroMQ was measured to move
+# over loopback, 256 MB at a time and with nothing to copy from or to a GPU; a small transfer took 1.1 ms
+# (benchmarks/README.md, KV over TCP and over ZeroMQ).
+ZMQ = Link("zmq", 2.4e9, 1e-3)
 
 
 def pod_link(a: GPU, a_rdma: bool, b: GPU, b_rdma: bool) -> Link:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Literal
 
+from disaggserve import catalogue
 from disaggserve.api.errors import InvalidInput
 
 Role = Literal["prefill", "decode", "mixed"]
@@ -40,6 +41,9 @@ class Engine:
     transfer_bytes_s: float | None = (
         None  # what it moves KV with at most, whatever the link; None: the link's
     )
+    # By what its KV goes from one real GPU to another where that is slower than the link between them; None: it takes the link.
+    # Workers on simulated nodes keep the link's own time.
+    carrier: catalogue.Link | None = None
     swap_bytes_s: float | None = None  # the preempted are swapped at this rate; None: recomputed
     colocates: bool = (
         False  # one instance does prefill and decode, prompts whole or in chunks beside decode steps
@@ -59,6 +63,7 @@ TORCH = Engine(
     first_token_from="prefill",
     prefill_limit=None,
     architectures=frozenset({"opt", "llama", "qwen3"}),
+    carrier=catalogue.ZMQ,
     role_change="door",
     flags=_flags(
         "--model --weights --served-name --context-length --dtype --tp --pp --pairing-key --host --port "

@@ -483,7 +483,7 @@ def around(owner: Owner, spec: Spec, context_length: int, images: Images) -> Seq
 
 
 def _network_policy(owner: Owner) -> dict[str, Any]:
-    """KV may be read by whoever reaches its port, so only pods of the same resource do.
+    """KV may be read by whoever reaches the KV port, or the one that was free for streams, so only pods of the same resource do.
 
     HTTP stays open, for probes and for Prometheus wherever it runs.
     """

@@ -468,7 +468,7 @@ def _by_hand(
         raise Infeasible("GPUs", f"the plan by hand does not fit: {error}") from None
     affinity, reason = hardware.affinity(nodes, spec.hardware.affinity)
     engine = engines.engine(spec.engine.type)
-    link = search.kv_link(nodes, groups)
+    link = search.kv_link(nodes, groups, engine)
     deployment = search.deployment(model(spec), engine, nodes, groups, link, profile=options.profile)
     predicted = search.predict(deployment, workload, promise(spec))
     setting = _setting(spec, nodes, groups, link, engine, options)

@@ -6,9 +6,13 @@ answers; answers carry their question's `ask`. `Renew` and `Release` have one an
 
 * `Granted`, then every piece that `pieces` cuts it into: a `Piece` each, followed by one raw frame. No more of them are on
   their way than the puller has asked for, by `Pull.credit` and `More`; or
+* `Stream`: ask again on a TCP connection to that port; or
 * `Granted` with the `memory` of that rank's KV, which the puller then reads itself, and asks by `Renew` whether the hand-off
   was still held when it had read: what was not, was not read; or
 * `Refused`, which may also come in place of a piece.
+
+On a TCP connection each message goes after its length, 4 bytes, the highest first. `Pull` is answered by `Granted`, the bytes
+of each layer as in a `Cut` of that layer and all blocks, and `Done`, which says that it was held until then; or by `Refused`.
 
 A message of another `version` is refused, never guessed at.
 """
@@ -24,8 +28,8 @@ from disaggserve.wire import VERSION
 
 RefusalCode = Literal["expired", "pairing", "version", "malformed"]
 Way = Literal[
-    "zmq", "shm", "cuda_ipc", "nixl"
-]  # how the bytes go: in messages, or read by the puller from the other's memory
+    "zmq", "shm", "cuda_ipc", "nixl", "tcp"
+]  # how the bytes go: in messages, read by the puller from the other's memory, or in a stream
 
 
 class Logprobs(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,13 +102,13 @@ class Pull(msgspec.Struct, frozen=True, tag="pull", kw_only=True):
     layers: tuple[int, int]  # from … up to, without the last
     heads: tuple[int, int]
     ways: list[Way]  # that I can take, the best first
-    credit: int  # pieces that may be on their way, at least 1
+    credit: int  # bytes that may be on their way, at least 1; a piece that is more than what is left of it still goes
     checksum: bool = False
     version: int = VERSION
 
 
 class More(msgspec.Struct, frozen=True, tag="more", kw_only=True):
-    """So many pieces of that pull have been taken; it has no answer of its own."""
+    """So many bytes of that pull have been taken; it has no answer of its own."""
 
     ask: int  # the pull's
     credit: int
@@ -173,7 +177,7 @@ class Granted(msgspec.Struct, frozen=True, tag="granted", kw_only=True):
     dtype: str  # "float16" | "bfloat16" | "float32"
     memory: Memory | None = None
     ids: list[int] = []  # of the blocks in `memory`
-    sums: list[int] = []  # of each layer as it is in `memory`, where checksums were asked for
+    sums: list[int] = []  # of each layer, where checksums were asked for and it does not come in pieces
     version: int = VERSION
 
 
@@ -185,8 +189,16 @@ class Piece(msgspec.Struct, frozen=True, tag="piece", kw_only=True):
     version: int = VERSION
 
 
+class Stream(msgspec.Struct, frozen=True, tag="stream", kw_only=True):
+    """Answer to `Pull`: it is better asked for on a TCP connection to this port of the same host."""
+
+    ask: int
+    port: int
+    version: int = VERSION
+
+
 class Done(msgspec.Struct, frozen=True, tag="done", kw_only=True):
-    """Answer to `Renew` and `Release`."""
+    """Answer to `Renew` and `Release`, and the end of a `Pull`'s answer on a TCP connection."""
 
     ask: int
     version: int = VERSION
@@ -218,7 +230,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Question = Renew | Pull | More | Release
-Answer = Granted | Piece | Done | Refused
+Answer = Granted | Piece | Stream | Done | Refused
 
 PIECE_BYTES = (
     1 << 23
@@ -266,11 +278,11 @@ def encode(message: Question | Answer) -> bytes:
     return _encoder.encode(message)
 
 
-def question(frame: bytes | memoryview) -> Question:
+def question(frame: bytes | bytearray | memoryview) -> Question:
     """Read a question. Raises `msgspec.DecodeError` (`ValidationError`) where it is none."""
     return _questions.decode(frame)
 
 
-def answer(frame: bytes | memoryview) -> Answer:
+def answer(frame: bytes | bytearray | memoryview) -> Answer:
     """Read an answer. Raises `msgspec.DecodeError` (`ValidationError`) where it is none."""
     return _answers.decode(frame)

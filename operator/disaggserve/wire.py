@@ -1,7 +1,7 @@
 """What both the operator and the data plane go by; apart from the messages, since the operator sends none."""
 
 VERSION = (
-    3  # raised when a message changes so that the other side would misread it: such instances never pair
+    4  # raised when a message changes so that the other side would misread it: such instances never pair
 )
 
 VLLM_LEASE_S = (

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +17,7 @@ from kubernetes.aio.dynamic import DynamicClient
 from kubernetes.aio.dynamic.exceptions import NotFoundError
 
 from disaggserve import drift
-from disaggserve.cluster.client import PODS, RESOURCES, Cluster, condition, connect
+from disaggserve.cluster.client import PODS, RESOURCES, Cluster, Kind, condition, connect
 from disaggserve.cluster.clock import WallClock
 from disaggserve.cluster.reconcile import Reconciler
 from disaggserve.cluster.settings import Settings
@@ -156,6 +156,20 @@ class Operator:
 
         self._reconciler._traffic = Told()  # type: ignore[assignment]
 
+    def before_patch(self, act: Callable[[str, Json], Awaitable[None]]) -> None:
+        """From now on `act(pod's name, patch)` comes between the look at a pod and each patch of it."""
+        cluster = self._reconciler._cluster
+        merge = cluster.merge
+
+        async def late(
+            kind: Kind, namespace: str, name: str, body: Json, subresource: str | None = None
+        ) -> None:
+            if kind is PODS:
+                await act(name, body)
+            await merge(kind, namespace, name, body, subresource)
+
+        cluster.merge = late  # type: ignore[method-assign]
+
     async def reconcile(self, name: str = "chat") -> float | None:
         return await self._reconciler.reconcile("default", name)
 
@@ -208,6 +222,12 @@ class Bench:
         labels = f"disaggserve.dev/resource={name},app.kubernetes.io/component=worker"
         return sorted(
             await self.cluster.list(PODS, "default", labels=labels), key=lambda p: str(p["metadata"]["name"])
+        )
+
+    async def vanish(self, pod: str) -> None:
+        """The pod is gone at once, as with its node."""
+        await self._kubelet.request(
+            "delete", PODS.path("default", pod), {"gracePeriodSeconds": 0}, serialize=False
         )
 
     async def kubelet(self) -> None:

@@ -36,10 +36,11 @@ def manifest(path: Path, **spec: Any) -> Path:
     return path
 
 
-def dgx(n: int, *, rdma: bool = True) -> list[dict[str, Any]]:
+def dgx(n: int, *, rdma: bool = True, simulated: bool = False) -> list[dict[str, Any]]:
     nodes = [copy.deepcopy(node(f"dgx-{i}", 8)) for i in range(n)]
     for each in nodes:
-        del each["metadata"]["labels"]["disaggserve.dev/simulated"]
+        if not simulated:
+            del each["metadata"]["labels"]["disaggserve.dev/simulated"]
         if not rdma:
             for key in [k for k in each["metadata"]["labels"] if "rdma" in k]:
                 del each["metadata"]["labels"][key]
@@ -60,9 +61,8 @@ def test_the_fabric_chooses_the_algorithm(tmp_path: Path) -> None:
     file = manifest(tmp_path / "cr.json", **OPT_66B)
     plans = {}
     for rdma in (True, False):
-        done = run(
-            "plan", "-f", file, "--nodes", cluster(tmp_path / "c.yaml", dgx(4, rdma=rdma)), "-o", "json"
-        )
+        nodes = cluster(tmp_path / "c.yaml", dgx(4, rdma=rdma, simulated=True))
+        done = run("plan", "-f", file, "--nodes", nodes, "-o", "json")
         assert done.returncode == 0, done.stderr
         plans[rdma] = json.loads(done.stdout)
     assert (plans[True]["algorithm"], plans[True]["affinity"]) == ("HighAffinity", "High")
@@ -77,9 +77,15 @@ def test_the_fabric_chooses_the_algorithm(tmp_path: Path) -> None:
     slow = run("plan", "-f", file, "--nodes", tmp_path / "c.yaml", "--algorithm", "high")
     assert slow.returncode == 3, "without RDMA, KV of a prompt takes too long between nodes"
     assert "over tcp" in slow.stderr
-    cluster(tmp_path / "c.yaml", dgx(4))
+    cluster(tmp_path / "c.yaml", dgx(4, simulated=True))
     low = run("plan", "-f", file, "--nodes", tmp_path / "c.yaml", "--algorithm", "low", "-o", "yaml")
     assert yaml.safe_load(low.stdout)["algorithm"] == "LowAffinity"
+    # Between real GPUs the torch worker uses neither RDMA nor NVLink, and no plan may rest on them.
+    real = cluster(tmp_path / "c.yaml", dgx(4))
+    assert run("plan", "-f", file, "--nodes", real).returncode == 3
+    file = manifest(tmp_path / "cr.json", workload={"rate": 4, "lengths": {"preset": "sharegpt"}})
+    plan = json.loads(run("plan", "-f", file, "--nodes", real, "-o", "json").stdout)
+    assert (plan["affinity"], plan["emulated"], plan["setting"]["link"]) == ("High", False, "zmq")
 
 
 def test_unusable_nodes_are_not_used_and_the_plan_says_so(tmp_path: Path) -> None:
@@ -286,7 +292,7 @@ def test_any_engine_tells_what_the_own_one_costs(tmp_path: Path) -> None:
     plan = json.loads(run("plan", "-f", file, "--nodes", nodes, "--engine", "any", "-o", "json").stdout)
     said = {r["what"]: r["reason"] for r in plan["rejected"]}
     own, best = said["engine torch"].split("; ")
-    assert own.startswith("takes 3 GPUs, good for ")
+    assert own.startswith("takes 5 GPUs, good for ")
     assert own.endswith(" req/s per GPU")
     assert best.startswith(f"{plan['setting']['engine']} takes {plan['gpus']}, good for ")
     table = run("plan", "-f", file, "--nodes", nodes, "--engine", "vllm").stdout

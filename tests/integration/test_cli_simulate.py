@@ -339,7 +339,7 @@ def test_a_plan_is_simulated_replayed_and_compared_with_its_own_shape(tmp_path: 
     made = run("plan", "-f", file, "--nodes", tmp_path / "c.yaml", "--algorithm", "high", "-o", "json")
     plan.write_text(made.stdout)
     found = json.loads(made.stdout)
-    promise = {"--model": found["setting"]["model"], "--gpu": found["setting"]["gpu"]}
+    promise = {f"--{k}": found["setting"][k] for k in ("model", "gpu", "link")}
     promise |= {f"--{k}": f"{found['setting'][k]}s" for k in ("ttft", "tpot")}
     shape = ",".join(f"{r['role']}={r['count']}xtp{r['tp']}pp{r['pp']}" for r in found["roles"])
     options = [x for pair in promise.items() for x in pair]

@@ -149,6 +149,19 @@ def test_a_pair_is_one_container_with_both_instances() -> None:
     assert (found.slot, found.role_change) == (made, None)
 
 
+def test_resources_are_those_of_one_pod_whatever_its_shape() -> None:
+    def asked(**more: Any) -> Any:
+        pod = manifests.worker_pod(OWNER, RICH, slot(RICH, **more), 0, 1, 2048, IMAGES)
+        return pod["spec"]["containers"][0]["resources"]
+
+    limits = {"memory": "32Gi", "nvidia.com/gpu": "3"}
+    assert asked(**PAIR) == {
+        "requests": {"cpu": "4", "ephemeral-storage": "1Gi", **limits},
+        "limits": limits,
+    }
+    assert asked(tp=3) == asked(**PAIR)
+
+
 def test_ipc_lock_only_with_rdma() -> None:
     def capabilities(of: Spec) -> Any:
         pod = manifests.worker_pod(OWNER, of, slot(of), 0, 1, 2048, IMAGES)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from disaggserve import drift
+from disaggserve import drift, manifests
 from disaggserve.cluster.client import KINDS, PODS, RESOURCES, REVISIONS
 from e2e.controlplane import ControlPlane, ensure
 from tests.integration.bench import CHAT, Bench, Killed, by_hand, carried_out, prepare
@@ -302,6 +302,43 @@ def test_a_worker_that_still_holds_something_is_not_turned_and_says_so(bench: An
         assert sorted((await roles(b)).values()) == ["decode", "decode", "prefill"]
 
     bench(test)
+
+
+@pytest.mark.parametrize("change", ["drain", "turn", "admit"])
+def test_a_pod_that_goes_before_its_patch_is_replaced_and_nothing_is_refused(bench: Any, change: str) -> None:
+    labels: dict[str, Callable[[Any], bool]] = {
+        "drain": lambda labels: labels.get(manifests.DRAIN) == "true",
+        "turn": lambda labels: manifests.ROLE in labels,
+        "admit": lambda labels: manifests.DRAIN in labels and labels[manifests.DRAIN] is None,
+    }
+    lost: list[str] = []
+    said: list[str] = []
+
+    async def test(b: Bench) -> None:
+        async def goes(pod: str, patch: Any) -> None:
+            if not lost and labels[change](patch["metadata"].get("labels", {})):
+                lost.append(pod)
+                await b.vanish(pod)
+
+        def ends(resource: Any) -> bool:
+            conditions = {c["type"]: c for c in resource["status"]["conditions"]}
+            assert conditions["Progressing"]["reason"] != "Refused"
+            said.append(resource["status"].get("rollout", {}).get("step", ""))
+            return carried_out(resource)
+
+        b.open_doors()
+        await b.apply(by_hand(2, 1))
+        operator = b.operator()
+        await b.settle(operator)
+        operator.before_patch(goes)
+        await b.apply(by_hand(1, 2))
+        await b.settle(operator, until=ends)
+        assert sorted((await roles(b)).values()) == ["decode", "decode", "prefill"]
+
+    bench(test)
+    (pod,) = lost
+    noticed = any(f"{pod} is gone, and did not become decode" in words for words in said)
+    assert noticed == (change == "turn")
 
 
 def test_deleted_in_mid_rollout_leaves_nothing(bench: Any) -> None:

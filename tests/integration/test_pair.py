@@ -22,6 +22,7 @@ from disaggserve import manifests
 from disaggserve.api import manifest
 from disaggserve.api.plan import Slot
 from disaggserve.manifests import DECODE_PORT, HTTP_PORT, PREFILL_PORT, Images, Owner
+from disaggworker.config import read as read_worker
 from disaggworker.errors import StartError
 from disaggworker.router import discovery
 from disaggworker.router.app import serving
@@ -190,6 +191,7 @@ async def behind_a_router(one: Pod, other: Pod) -> None:
     [
         (["prefill", "--port", "1"], "'decode' is there 0 times"),
         (["prefill", "--port", "8000", "--tp", "2", "decode"], "both workers have port 5600, 8000"),
+        (["prefill", "--served-name", "decode"], "'decode' is there 0 times"),
         (["--colour", "red", "prefill", "decode", "--port", "1"], "unrecognized arguments: --colour red"),
     ],
 )
@@ -206,6 +208,28 @@ def test_each_worker_has_its_own_flags_and_gpus() -> None:
     assert (found.host, found.prefill.gpus, found.decode.gpus) == ("1.2.3.4", "0,1", None)
     assert found.prefill.argv()[2:] == ["disaggworker", "prefill", "--tp", "2", "--kv-share"]
     assert found.decode.argv()[2:] == ["disaggworker", "decode", "--port", "9", "--kv-port", "5602"]
+
+
+def test_a_flag_may_have_the_name_of_a_role_for_its_value() -> None:
+    spec = manifest.parse_spec(
+        {
+            **GOOD["spec"],
+            "model": {**GOOD["spec"]["model"], "servedName": "decode"},
+            "engine": {"type": "torch", "args": ["--kv-checksum", "--kv-blocks=256"]},
+        }
+    )
+    slot = Slot(slot=0, role="pair", tp=1, decode_tp=1, pp=1, node="n", pairing_key="prefill", template="t")
+    made = manifests.worker_pod(Owner("chat", "ns", "u"), spec, slot, 0, 1, 2048, Images("worker", "router"))
+    (container,) = made["spec"]["containers"]
+    found = read(container["command"][2:], {})
+    for half, port in zip(found.both, (PREFILL_PORT, DECODE_PORT), strict=True):
+        settings = read_worker([half.role, *half.flags])
+        assert (settings.role, settings.port, settings.kv_blocks) == (half.role, port, 256)
+        assert (settings.served_name, settings.pairing_key, settings.kv_checksum) == (
+            "decode",
+            "prefill",
+            True,
+        )
 
 
 def test_metrics_of_both_are_one_exposition() -> None:

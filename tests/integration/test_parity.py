@@ -1,4 +1,4 @@
-"""prefill → zmq → decode, through two real processes, gives transformers' greedy tokens."""
+"""prefill → KV → decode, through two real processes, gives transformers' greedy tokens."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_tokens_do_not_depend_on_the_cut(tmp_path: Path) -> None:
             answers = await asyncio.gather(*(workers.complete({**body, "prompt": one}) for one in asked))
             for host in (PREFILL, DECODE):
                 await workers.until(host, "/state", {"leased_blocks": 0, "running": 0, "intact": True})
-            await workers.until(DECODE, "/state", {"pulls": {"zmq": len(asked)}})
+            await workers.until(DECODE, "/state", {"pulls": {"tcp": len(asked)}})
         return [given for _, given, _ in answers]
 
     async def check() -> None:

@@ -23,12 +23,13 @@ import zmq
 
 from disaggserve import protocol
 from disaggworker.errors import Corrupted, HandoffGone, NotPaired, PeerLost, TransferError
-from disaggworker.kv import nixl
+from disaggworker.kv import nixl, pull, stream
 from disaggworker.kv.blocks import BLOCK_TOKENS
 from disaggworker.kv.pool import Pool
 from disaggworker.kv.pull import KVClient, Pulled, Puller
 from disaggworker.kv.serve import KVServer
 from disaggworker.kv.shm import Shm
+from disaggworker.kv.stream import Spans, Stream
 from disaggworker.kv.transport import OneSided, Place
 
 KEY, PORT, LEASE_S, WAIT_S = "key", 5600, 30.0, 10.0
@@ -39,6 +40,7 @@ NIXL = any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13")
 TRANSPORTS = [
     "zmq",
     "shm",
+    "tcp",
     pytest.param(
         "nixl", marks=pytest.mark.skipif(not NIXL, reason="NIXL is not installed (extra nixl-cu12)")
     ),
@@ -48,6 +50,9 @@ TRANSPORTS = [
 @pytest.fixture(params=TRANSPORTS)
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> protocol.Way:
     monkeypatch.setattr(protocol, "PIECE_BYTES", 1 << 13)  # of small pools many pieces
+    monkeypatch.setattr(pull, "_CREDIT", 1 << 15)
+    monkeypatch.setattr(stream, "_SEND_BYTES", 1 << 15)
+    monkeypatch.setattr(stream, "_RECEIVE_BYTES", 1 << 15)
     return request.param  # type: ignore[no-any-return]
 
 
@@ -66,7 +71,7 @@ def quiet_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ways(transport: protocol.Way) -> list[OneSided]:
-    return {"zmq": list, "shm": lambda: [Shm()], "nixl": lambda: [nixl.Nixl()]}[transport]()  # type: ignore[operator]
+    return [Shm()] if transport == "shm" else [nixl.Nixl()] if transport == "nixl" else []
 
 
 def a_host() -> str:
@@ -117,7 +122,15 @@ class Prefill:
                 pool.keys[i][:], pool.values[i][:] = self.kv[layer][
                     :, :, place.heads.start : place.heads.stop
                 ]
-            server = KVServer(self.host, PORT + rank, KEY, lease_s, follows=rank > 0, ways=ways(transport))
+            server = KVServer(
+                self.host,
+                PORT + rank,
+                KEY,
+                lease_s,
+                follows=rank > 0,
+                ways=ways(transport),
+                streams=transport == "tcp",
+            )
             server.serve(pool, place)
             self.pools.append(pool)
             self.servers.append(server)
@@ -183,7 +196,9 @@ class Decode:
     ) -> None:
         self.place = place or places(1, 1, shape.pop("layers", LAYERS))[0]
         self.pool = a_pool(self.place, **shape)
-        self.puller = Puller(key, self.pool, self.place, ways=ways(transport), checksum=checksum)
+        self.puller = Puller(
+            key, self.pool, self.place, ways=ways(transport), streams=transport == "tcp", checksum=checksum
+        )
 
     def pull(
         self, handoff: protocol.Handoff, blocks: list[int], stop: Callable[[], bool] = lambda: False
@@ -230,7 +245,7 @@ def decode(transport: protocol.Way, *args: Place, **more: object) -> Iterator[De
 def meanwhile(
     monkeypatch: pytest.MonkeyPatch, transport: protocol.Way, here: Decode, action: Callable[[], None]
 ) -> None:
-    """Do this once when a pull has written something; NIXL's is one write."""
+    """Do this once when a pull has written something and not all; NIXL's is one write."""
     done: list[bool] = []
 
     def after(write: Callable[..., None], nth: int) -> Callable[..., None]:
@@ -246,6 +261,8 @@ def meanwhile(
 
     if transport == "nixl":
         monkeypatch.setattr(nixl._Source, "read", after(nixl._Source.read, 1))
+    elif transport == "tcp":
+        monkeypatch.setattr(Stream, "fill", after(Stream.fill, 3))
     else:
         monkeypatch.setattr(here.pool, "put", after(here.pool.put, 3))
 
@@ -578,6 +595,8 @@ def test_a_byte_flipped_on_the_way_is_found(transport: protocol.Way, monkeypatch
         here.pull(handoff, MINE)
         if transport == "zmq":
             monkeypatch.setattr(made.servers[0], "_send", _flipping(made.servers[0]._send))
+        elif transport == "tcp":
+            monkeypatch.setattr(Stream, "fill", _filling_wrong(Stream.fill))
         else:
             source = here.puller._lines[(handoff.host, PORT)].source
             assert source
@@ -597,6 +616,15 @@ def _flipping(send: Callable[..., object]) -> Callable[..., object]:
         for frame in frames:
             frame[7] ^= 1
         return send(peer, message, *frames)
+
+    return flip
+
+
+def _filling_wrong(fill: Callable[..., None]) -> Callable[..., None]:
+    def flip(self: Stream, spans: Spans) -> None:
+        wrong = spans[0]
+        fill(self, spans)
+        wrong[7] ^= 1
 
     return flip
 

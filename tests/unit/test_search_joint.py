@@ -11,7 +11,7 @@ import pytest
 from disaggserve import catalogue, engines, search, simulate, workload
 from disaggserve.api.errors import Infeasible
 from disaggserve.hardware import Inventory, Node, Refusal
-from disaggserve.search import Placement, Problem, Standing, joint
+from disaggserve.search import Placement, Problem, Standing, field
 from disaggserve.workload import Lengths, Workload
 
 A100, H100 = catalogue.gpu("A100-80G"), catalogue.gpu("H100")
@@ -20,9 +20,14 @@ OTHER_SEEDS = range(1000, 1010)  # never used by a search
 
 
 def nodes(
-    n: int = 4, gpu: catalogue.GPU = A100, free: int = 8, rdma: bool = True, prefix: str = "gpu"
+    n: int = 4,
+    gpu: catalogue.GPU = A100,
+    free: int = 8,
+    rdma: bool = True,
+    prefix: str = "gpu",
+    simulated: bool = True,
 ) -> tuple[Node, ...]:
-    return tuple(Node(f"{prefix}-{i}", gpu, 8, free, 100, True, rdma, (), "", False) for i in range(n))
+    return tuple(Node(f"{prefix}-{i}", gpu, 8, free, 100, True, rdma, (), "", simulated) for i in range(n))
 
 
 def problem(
@@ -177,15 +182,15 @@ def test_fragmented_nodes_get_another_shape() -> None:
 
 def test_a_winner_that_fails_on_fresh_seeds_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     first = search.place(problem(20))
-    honest = joint.Joint._predict
+    honest = field.Field.predict
 
-    def refuted(self: joint.Joint, plan: joint.Plan, rate: float) -> simulate.Prediction:
+    def refuted(self: field.Field, plan: field.Plan, rate: float) -> simulate.Prediction:
         found = honest(self, plan, rate)
         if plan.groups == first.groups:
             return dataclasses.replace(found, attainment=0.89)
         return found
 
-    monkeypatch.setattr(joint.Joint, "_predict", refuted)
+    monkeypatch.setattr(field.Field, "predict", refuted)
     second = search.place(problem(20))
     assert second.gpus == first.gpus
     assert second.groups != first.groups

@@ -22,8 +22,8 @@ H100, H200 = catalogue.gpu("H100"), catalogue.gpu("H200")
 CHAT_13B, CHAT_66B = simulate.Promise(0.25, 0.1, 0.9), simulate.Promise(2.5, 0.15, 0.9)
 
 
-def nodes(n=4, gpu=A100, free=8, nvlink=True, rdma=True, prefix="gpu"):
-    return tuple(Node(f"{prefix}-{i}", gpu, 8, free, 100, nvlink, rdma, (), "", False) for i in range(n))
+def nodes(n=4, gpu=A100, free=8, nvlink=True, rdma=True, prefix="gpu", simulated=True):
+    return tuple(Node(f"{prefix}-{i}", gpu, 8, free, 100, nvlink, rdma, (), "", simulated) for i in range(n))
 
 
 def problem(rate=5.0, model="facebook/opt-13b", promise=CHAT_13B, scale=1.0, where=None, max_gpus=32, **more):
@@ -340,10 +340,11 @@ def test_the_slowest_link_of_the_pairs_counts():
     mixed = Inventory((*nodes(1), *nodes(1, rdma=False, prefix="eth")), ())
     on = Group("prefill", 1, 1, 1, (("gpu-0", 1),))
     near, far = Group("decode", 1, 1, 1, (("gpu-0", 1),)), Group("decode", 1, 1, 1, (("eth-0", 1),))
-    assert search.kv_link(mixed, [on, near]).name == "rdma"
-    assert search.kv_link(mixed, [on, far]).name == "tcp"
-    assert search.kv_link(mixed, [on, near, Group("decode", 1, 1, 1, (("full", 1),))]).name == "tcp"
-    assert search.kv_link(mixed, [on, near], paired=True).name == "nvlink"
+    full = Group("decode", 1, 1, 1, (("full", 1),))
+    assert search.kv_link(mixed, [on, near], p.engine).name == "rdma"
+    assert search.kv_link(mixed, [on, far], p.engine).name == "tcp"
+    assert search.kv_link(mixed, [on, near, full], p.engine).name == "tcp"
+    assert search.kv_link(mixed, [on, near], p.engine, paired=True).name == "nvlink"
     pools = search.deployment(p.model, p.engine, mixed, [on, near, far])
     assert pools.link_bytes_s == catalogue.TCP.bytes_per_s
     assert [pool.count for pool in pools.decode] == [1, 1]
@@ -351,6 +352,34 @@ def test_the_slowest_link_of_the_pairs_counts():
         search.deployment(p.model, p.engine, A100, [("prefill", 1, 1, 1), ("decode", 1, 1, 1)])
     with pytest.raises(InvalidInput, match="no usable node"):
         search.deployment(p.model, p.engine, Inventory((), ()), [on, near])
+
+
+def test_between_real_gpus_kv_goes_as_the_engine_moves_it_and_no_faster():
+    on, near = (Group(role, 1, 1, 1, (("gpu-0", 1),)) for role in ("prefill", "decode"))
+    far = Group("decode", 1, 1, 1, (("eth-0", 1),))
+
+    def links(engine, simulated):
+        where = (*nodes(1, simulated=simulated), *nodes(1, rdma=False, prefix="eth", simulated=False))
+        found = Inventory(where, ())
+        pair = search.kv_link(found, [on, near], engine, paired=True)
+        return [pair.name, *(search.kv_link(found, [on, other], engine).name for other in (near, far))]
+
+    assert links(engines.TORCH, simulated=False) == ["zmq", "zmq", "tcp"]
+    assert links(engines.TORCH, simulated=True) == ["nvlink", "rdma", "tcp"]
+    assert links(engines.VLLM, simulated=False) == ["nvlink", "rdma", "tcp"]
+
+
+@pytest.mark.parametrize("algorithm", ["Joint", "HighAffinity", "LowAffinity"])
+def test_plans_on_real_gpus_do_not_rest_on_a_link_that_the_engine_does_not_use(algorithm):
+    found = search.place(problem(10, where=nodes(simulated=False), algorithm=algorithm))
+    assert found.link == catalogue.ZMQ
+    assert found.prediction.attainment >= 0.9
+    # Of 66B the KV of a prompt takes too long; the nodes' own links would keep the promise.
+    asked = {"model": "facebook/opt-66b", "promise": simulate.Promise(1.0, 0.08, 0.9), "algorithm": algorithm}
+    assert search.place(problem(1, **asked)).link.name in ("rdma", "nvlink")
+    e = infeasible(1, where=nodes(simulated=False), **asked)
+    assert e.limit == "TPOT"
+    assert algorithm == "LowAffinity" or "(torch moves it through the hosts' memory)" in str(e)
 
 
 def test_groups_on_two_products_are_two_pools():

@@ -64,9 +64,12 @@ class _Parser(argparse.ArgumentParser):
         raise StartError(f"{self.prog}: {message}.")
 
 
-def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
-    """The settings that `argv` (role first) and the environment give. Raises `StartError`; unknown flags are errors."""
-    env = os.environ if env is None else env
+def switches() -> frozenset[str]:
+    """Flags after which no value comes."""
+    return frozenset(f for action in _parser()._actions if action.nargs == 0 for f in action.option_strings)
+
+
+def _parser() -> _Parser:
     parser = _Parser(prog="disaggworker", allow_abbrev=False)
     add = parser.add_argument
     add("role", choices=ROLES, help="mixed does both; POST /role changes it")
@@ -100,7 +103,13 @@ def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
         help="let a decode worker of the same container read KV from memory",
     )
     add("--kv-checksum", action="store_true", help="check that pulled KV arrives as it was sent; costs time")
-    flags = parser.parse_args(argv)
+    return parser
+
+
+def read(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
+    """The settings that `argv` (role first) and the environment give. Raises `StartError`; unknown flags are errors."""
+    env = os.environ if env is None else env
+    flags = _parser().parse_args(argv)
     for name in ("tp", "pp"):
         if getattr(flags, name) < 1:
             raise StartError(f"--{name} is {getattr(flags, name)}; it must be at least 1.")

@@ -147,7 +147,8 @@ class Setting(ApiModel):
         default=None, description="The profile it was made with; left out: the release's own."
     )
     link: Text = Field(
-        description="What KV crosses between prefill and decode: nvlink, pcie, rdma or tcp. Example: rdma."
+        description="What KV crosses between prefill and decode: nvlink, pcie, rdma or tcp; or zmq, the torch engine's own messages "
+        "through the memory of the hosts, where these are slower than the link between its GPUs. Example: rdma."
     )
     ttft: float = Field(gt=0, description="Promised TTFT, seconds. Example: 0.25.")
     tpot: float = Field(gt=0, description="Promised TPOT, seconds. Example: 0.1.")

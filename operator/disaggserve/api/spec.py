@@ -331,9 +331,10 @@ Quantity = Annotated[str, Field(pattern=QUANTITY_PATTERN, max_length=24)]
 
 
 class Resources(ApiModel):
-    cpu: Quantity | None = Field(default=None, description="CPU requested by a pod. Example: 4.")
+    cpu: Quantity | None = Field(default=None, description="CPU requested by a pod; left out: 1. Example: 4.")
     memory: Quantity | None = Field(
-        default=None, description="Memory requested by a pod, also its limit. Example: 32Gi."
+        default=None,
+        description="Memory requested by a pod, also its limit; left out: 4Gi for a worker, 256Mi for a router, no limit. Example: 32Gi.",
     )
     ephemeral_storage: Quantity | None = Field(
         default=None, description="Ephemeral storage requested by a pod. Example: 10Gi."
@@ -354,7 +355,8 @@ class PodSpec(ApiModel):
     )
     resources: Resources = Field(
         default_factory=Resources,
-        description="CPU, memory, storage and RDMA of one pod; GPUs are the operator's.",
+        description="CPU, memory, storage and RDMA of one pod, whatever its shape; GPUs are the operator's. A pair of prefill and "
+        "decode (planner.algorithm LowAffinity; Joint may choose it) is one pod, whose two engines share this.",
     )
     env: tuple[EnvVar, ...] = Field(
         default=(),

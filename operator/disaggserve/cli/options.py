@@ -20,6 +20,7 @@ class LinkName(StrEnum):
     pcie = "pcie"
     rdma = "rdma"
     tcp = "tcp"
+    zmq = "zmq"
 
 
 class EngineName(StrEnum):
@@ -45,7 +46,10 @@ EngineOption = Annotated[
 ]
 LinkOption = Annotated[
     LinkName | None,
-    typer.Option("--link", help="With a shape: what KV crosses between prefill and decode; default: rdma."),
+    typer.Option(
+        "--link",
+        help="With a shape: what KV crosses between prefill and decode (zmq: torch's messages between real GPUs); default: rdma.",
+    ),
 ]
 ProfileOption = Annotated[
     Path | None,

@@ -18,7 +18,7 @@ from disaggserve import drift, manifests, plan, rollout
 from disaggserve.api.errors import DisaggServeError, Infeasible, InvalidManifest
 from disaggserve.api.manifest import parse_spec
 from disaggserve.api.model import seconds
-from disaggserve.api.plan import Commit, ExcludedNode, Plan, Slot, digest
+from disaggserve.api.plan import Commit, ExcludedNode, Plan, Setting, Slot, digest
 from disaggserve.api.spec import Spec
 from disaggserve.api.status import Decision, Observed, Proposal, RolloutStatus
 from disaggserve.cluster import asking, metrics, observe, searching
@@ -46,10 +46,10 @@ _RETRY_S = 10.0
 _REST_S = 300.0
 _SEARCHES = 3
 """As often a plan is searched for in one reconcile where others take its GPUs meanwhile."""
-_INSIDE = ("shm", "cuda_ipc")
+_INSIDE = frozenset({"shm", "cuda_ipc"})
 """Transports that a low-affinity plan means: no byte of KV is sent."""
 _GONE = (404, 409)
-"""The pod is there no longer, or is another by now: the next look sees it."""
+"""The pod is there no longer, or is another by now."""
 _REFUSALS = (400, 403, 404, 422)
 """What asking again does not help: quota, Pod Security, an admission webhook, a missing service account or namespace."""
 
@@ -504,7 +504,8 @@ class Reconciler:
                 return why
         chunk = None if turn.slot.chunk is None else str(turn.slot.chunk)
         labels = {manifests.ROLE: turn.slot.role, manifests.CHUNK: chunk, manifests.REVISION: str(revision)}
-        await self._relabel(owner, turn.instance, {"labels": labels})
+        if not await self._relabel(owner, turn.instance, {"labels": labels}):
+            return f"{turn.instance.name} is gone, and did not become {turn.slot.role}"
         return ""
 
     async def _note_transports(self, owner: Owner, snap: observe.Snapshot) -> None:
@@ -515,16 +516,18 @@ class Reconciler:
             return
         for uid, way in (await asking.transports([pods[uid] for uid in pairs])).items():
             if _transport(pods[uid]) != way:
-                try:
-                    await self._relabel(owner, pairs[uid], {"annotations": {manifests.TRANSPORT: way}})
-                except ApiError as error:
-                    if error.status not in _GONE:
-                        raise
+                await self._relabel(owner, pairs[uid], {"annotations": {manifests.TRANSPORT: way}})
 
-    async def _relabel(self, owner: Owner, instance: rollout.Instance, change: Change) -> None:
-        await self._cluster.merge(
-            PODS, owner.namespace, instance.name, {"metadata": {"uid": instance.uid, **change}}
-        )
+    async def _relabel(self, owner: Owner, instance: rollout.Instance, change: Change) -> bool:
+        """Whether the pod was still there; where not there is nothing to change, and the next look sees that."""
+        body = {"metadata": {"uid": instance.uid, **change}}
+        try:
+            await self._cluster.merge(PODS, owner.namespace, instance.name, body)
+        except ApiError as error:
+            if error.status not in _GONE:
+                raise
+            return False
+        return True
 
     # ---- say
 
@@ -546,7 +549,7 @@ class Reconciler:
         count = sum(s.identity in ready for s in target)
         what = "pairs" if latest.commit.plan.paired else "instances"
         words = f"{count} of {len(target)} planned {what} and {'a' if router else 'no'} router ready"
-        words += _transports_in_words([_transport(p) for p in snap.own_pods])
+        words += _transports_in_words([_transport(p) for p in snap.own_pods], latest.commit.plan.setting)
         troubles = [
             f"{p['metadata']['name']}: {t}"
             for p in (*snap.own_pods, *snap.routers)
@@ -633,11 +636,12 @@ def _transport(pod: Json) -> str:
     return str(pod["metadata"].get("annotations", {}).get(manifests.TRANSPORT, ""))
 
 
-def _transports_in_words(ways: Sequence[str]) -> str:
+def _transports_in_words(ways: Sequence[str], setting: Setting | None) -> str:
     used = sorted({way for way in ways if way})
     if not used:
         return ""
-    slow = [way for way in used if way not in _INSIDE]
+    planned = _INSIDE | {setting.link if setting else ""}
+    slow = [way for way in used if way not in planned]
     fault = ", which is slower than the link inside a node that the plan reckons with" if slow else ""
     return f"; inside pairs KV goes by {' and '.join(used)}{fault}"
 

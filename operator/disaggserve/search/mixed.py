@@ -21,7 +21,7 @@ from disaggserve.simulate import Deployment
 
 # Chunks: tokens of a step; None: whole prompts, before any decode step. Colocated, then mixed pools.
 KINDS: tuple[tuple[int | None, ...], ...] = ((None,), (512,), (1024,), (2048,), (2048, 256), (1024, 256))
-HOPE = 0.04  # see joint.HOPE
+HOPE = 0.04  # see fewest.HOPE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -192,7 +192,7 @@ class Paper:
 
     def _idle_s(self, role: Role, shape: Shape) -> float:
         """TTFT or TPOT in seconds without load, a transfer in TPOT where prefill makes the first token."""
-        link = predicting.kv_link(self.problem.inventory, (), paired=not self.high)
+        link = predicting.kv_link(self.problem.inventory, (), self.problem.engine, paired=not self.high)
         return self.goodputs.idle(role, shape, self.problem.promise.attainment, link)
 
     # ------------------------------------------------------------------------------------------- Algorithm 1
@@ -277,7 +277,7 @@ class Paper:
             groups = packing.pack(wanted, p.inventory, p.keep)
         except NoRoom as e:
             raise self._no_gpus(counts.gpus, str(counts), e) from None
-        link = predicting.kv_link(p.inventory, groups)
+        link = predicting.kv_link(p.inventory, groups, p.engine)
         return _Plan(
             groups,
             link,
@@ -297,6 +297,7 @@ class Paper:
         message = (
             f"{counts} keeps the promise for {kept.both:.0%} of the requests even without load (TTFT "
             f"{kept.ttft:.0%}, TPOT {kept.tpot:.0%}); KV of a prompt takes {milliseconds(transfer_s)} over {plan.link.name}"
+            f"{predicting.carried(plan.link, problem.engine)}"
         )
         if plan.link.name == "tcp":
             raise Infeasible(
@@ -414,7 +415,8 @@ class Paper:
         p = self.problem
         wanted: list[packing.Wanted] = [("prefill", *pair.prefill, 1), ("decode", *pair.decode, 1)]
         nodes = [n for n in p.inventory.nodes if n.gpus_total >= pair.gpus]
-        link = min((hardware.kv_link(n, n, True) for n in nodes), key=lambda x: x.bytes_per_s)
+        links = (predicting.link_between(n, n, p.engine, paired=True) for n in nodes)
+        link = min(links, key=lambda x: x.bytes_per_s)
         return predicting.deployment(p.model, p.engine, self.gpu, wanted, link, profile=p.profile)
 
     def _worse(self, pair: Pair) -> Role:
@@ -439,7 +441,7 @@ class Paper:
             groups = packing.pack_pairs(pair.prefill, pair.decode, count, p.inventory, p.keep)
         except NoRoom as e:
             raise self._no_gpus(pair.gpus * count, what, e) from None
-        link = predicting.kv_link(p.inventory, groups, paired=True)
+        link = predicting.kv_link(p.inventory, groups, p.engine, paired=True)
         return _Plan(groups, link, self._pair_deployment(pair), copies=count)
 
     def _fastest_low(self, found: dict[Pair, float]) -> tuple[float, Pair, int] | None:

@@ -12,7 +12,7 @@ from disaggserve import catalogue, engines, hardware, latency, simulate
 from disaggserve.api.errors import InvalidInput
 from disaggserve.catalogue import GPU, Link, Model
 from disaggserve.engines import Engine, Role
-from disaggserve.hardware import Inventory
+from disaggserve.hardware import Inventory, Node
 from disaggserve.search.packing import Group, Wanted
 from disaggserve.simulate import Deployment, Outcome, Pool, Prediction, Promise
 from disaggserve.workload import Requests, Workload
@@ -53,8 +53,16 @@ def _mixed(pool: Pool, chunk: int | None) -> Pool:
     return dataclasses.replace(pool, batch_tokens=chunk, policy="chunked")
 
 
-def kv_link(inventory: Inventory, groups: Iterable[Group], *, paired: bool = False) -> Link:
-    """The slowest link from a prefill to a decode instance of the groups.
+def link_between(a: Node, b: Node, engine: Engine, *, paired: bool = False) -> Link:
+    """What the engine's KV takes from an instance on `a` to one on `b`. `paired`: inside one container on `a`."""
+    link = hardware.kv_link(a, b, paired)
+    if engine.carrier is None or (a.simulated and b.simulated):
+        return link
+    return min(link, engine.carrier, key=lambda link: link.bytes_per_s)
+
+
+def kv_link(inventory: Inventory, groups: Iterable[Group], engine: Engine, *, paired: bool = False) -> Link:
+    """The slowest that the engine's KV takes from a prefill to a decode instance of the groups.
 
     A node that the inventory does not hold (full, but an instance stands there) is taken to be like the
     slowest of those that it holds. `paired`: low-affinity pairs, whose KV stays inside a container.
@@ -63,7 +71,7 @@ def kv_link(inventory: Inventory, groups: Iterable[Group], *, paired: bool = Fal
     if not known:
         raise InvalidInput("no usable node tells which GPU and link the instances have")
     groups = list(groups)
-    where: dict[Role, list[hardware.Node]] = {
+    where: dict[Role, list[Node]] = {
         role: [
             known[name] for g in groups if g.role in (role, "mixed") for name, _ in g.nodes if name in known
         ]
@@ -71,16 +79,23 @@ def kv_link(inventory: Inventory, groups: Iterable[Group], *, paired: bool = Fal
         for role in ("prefill", "decode")
     }
     if paired:
-        links = [hardware.kv_link(n, n, True) for n in where["prefill"]]
+        links = [link_between(n, n, engine, paired=True) for n in where["prefill"]]
     else:
-        links = [hardware.kv_link(p, d, False) for p in where["prefill"] for d in where["decode"]]
+        links = [link_between(p, d, engine) for p in where["prefill"] for d in where["decode"]]
         if any(name not in known for g in groups for name, _ in g.nodes):
-            links += [hardware.kv_link(a, b, False) for a in known.values() for b in known.values()]
+            links += [link_between(a, b, engine) for a in known.values() for b in known.values()]
     return min(links, key=lambda link: (link.bytes_per_s, -link.latency_s))
 
 
+def carried(link: Link, engine: Engine) -> str:
+    """The end of a sentence on such a link: why it is not the one that the nodes have."""
+    return f" ({engine.name} moves it through the hosts' memory)" if link == engine.carrier else ""
+
+
 def named_link(gpu: GPU, name: str, other: GPU | None = None) -> Link:
-    """The link of that name (nvlink, pcie, rdma, tcp) between GPUs of one product, or of two."""
+    """The link of that name (nvlink, pcie, rdma, tcp, zmq) between GPUs of one product, or of two."""
+    if name == catalogue.ZMQ.name:
+        return catalogue.ZMQ
     if name in ("nvlink", "pcie"):
         return catalogue.container_link(gpu, name == "nvlink")
     return catalogue.pod_link(gpu, name == "rdma", other or gpu, name == "rdma")
@@ -133,7 +148,7 @@ def deployment(
     if link is None:
         if not isinstance(where, Inventory):
             raise InvalidInput("without nodes the link that KV takes must be given")
-        link = kv_link(where, placed, paired=paired)
+        link = kv_link(where, placed, engine, paired=paired)
     return Deployment(
         tuple(pools["prefill"]),
         tuple(pools["decode"]),

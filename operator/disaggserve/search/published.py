@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from disaggserve import catalogue, hardware
+from disaggserve import catalogue, engines, hardware
 from disaggserve.api.errors import Infeasible, InvalidInput
 from disaggserve.catalogue import Model
 from disaggserve.engines import Role
@@ -204,7 +204,7 @@ def place(problem: Problem, profile: Profile, resolution: float = 0.25) -> Place
         raise _too_slow(searched, promise, resolution)
     rate = per_gpu * best.gpus
     groups, why = _groups(best, inventory, high)
-    link = predicting.kv_link(inventory, groups, paired=not high)
+    link = predicting.kv_link(inventory, groups, engines.DISTSERVE, paired=not high)
     prefill, decode = best.prefill, best.decode
     return Placement(
         algorithm="HighAffinity" if high else "LowAffinity",

@@ -22,3 +22,8 @@ def shown(seconds: float) -> float:
     if seconds < 10:
         digits = min(digits, 3)
     return float(math.ceil(seconds * 10**digits) / 10**digits)
+
+
+def in_gpus(n: int) -> str:
+    """`1 GPU`, `2 GPUs`."""
+    return f"{n} GPU" if n == 1 else f"{n} GPUs"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +74,8 @@ class Pages:
         pairs = [*zip(self.keys, self.values, strict=True)]
         self._whole = [[_bytes(t, self.kv_heads * self.unit) for t in pair] for pair in pairs]
         self._single = [[_bytes(t, self.unit) for t in pair] for pair in pairs]
+        flat = [[_bytes(t, self.unit).reshape(-1) for t in pair] for pair in pairs]
+        self._flat = [[bytes_.data for bytes_ in pair if isinstance(bytes_, np.ndarray)] for pair in flat]
 
     def take(self, layer: int, blocks: Ints, heads: range, out: Bytes) -> None:
         """Copy these heads of these blocks to `out`, bytes `[2, len(blocks), len(heads) × unit]`; keys come first."""
@@ -94,6 +96,18 @@ class Pages:
             else:
                 given = torch.from_numpy(part).to(self.device)
                 table.index_copy_(0, torch.from_numpy(index).to(self.device), given)
+
+    def spans(self, layers: Iterable[int], blocks: Ints, heads: range) -> Iterator[list[memoryview]]:
+        """On a CPU, of each layer, what `take` would copy, in its order, where it lies; what is side by side is one."""
+        places: list[slice] = []
+        end = -1
+        for block in blocks.tolist():
+            at = (block * self.kv_heads + heads.start) * self.unit
+            start = places.pop().start if at == end else at
+            end = at + len(heads) * self.unit
+            places.append(slice(start, end))
+        for layer in layers:
+            yield [memory[place] for memory in self._flat[layer] for place in places]
 
     def _at(self, layer: int, blocks: Ints, heads: range) -> tuple[list[Bytes | Tensor], Ints]:
         if len(heads) == self.kv_heads:

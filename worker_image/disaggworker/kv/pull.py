@@ -10,7 +10,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -27,10 +27,12 @@ from disaggworker.errors import Corrupted, HandoffGone, NotPaired, PeerLost, Tra
 from disaggworker.kv.blocks import BLOCK_TOKENS, blocks_for
 from disaggworker.kv.pool import Ints, Pool
 from disaggworker.kv.serve import checksums
+from disaggworker.kv.stream import Stream
 from disaggworker.kv.transport import OneSided, Place, Source, ends, shifted
 
 _ANSWER_S = 10.0  # a prefill worker answers between two polls; longer means that it hangs or is cut off
-_CREDIT = 8  # pieces on their way: enough to keep two processes busy
+_CREDIT = 1 << 25  # bytes on their way: enough to keep two processes busy
+_LONGEST_ANSWER = 1 << 16  # bytes, beside the tokens'
 
 _ERRORS = {"expired": HandoffGone, "pairing": NotPaired, "version": NotPaired, "malformed": TransferError}
 _FREED_BYTES = 24 << 20  # glibc learns from up to 32 MB
@@ -42,6 +44,14 @@ Address = tuple[str, int]
 
 def _lost(at: Address) -> PeerLost:
     return PeerLost(f"The prefill worker at {at[0]}:{at[1]} does not answer on its KV port.")
+
+
+def _out_of_turn(at: Address) -> TransferError:
+    return TransferError(f"The worker at {at[0]}:{at[1]} answered a pull out of turn.")
+
+
+def _given_up(handoff: protocol.Handoff) -> TransferError:
+    return TransferError(f"The pull of hand-off {handoff.handoff!r} was given up.")
 
 
 def _dial(context: zmq.Context[Any], at: Address) -> tuple[Any, Any]:
@@ -56,10 +66,10 @@ def _dial(context: zmq.Context[Any], at: Address) -> tuple[Any, Any]:
     return socket, monitor
 
 
-def _read(frame: zmq.Frame, at: Address) -> protocol.Answer:
+def _read(frame: memoryview | bytearray, at: Address) -> protocol.Answer:
     """An answer of our version. Raises `TransferError`."""
     try:
-        answer = protocol.answer(frame.buffer)
+        answer = protocol.answer(frame)
     except msgspec.DecodeError as e:
         raise TransferError(
             f"The worker at {at[0]}:{at[1]} answered what is no answer of ours: {e}."
@@ -91,9 +101,17 @@ class _Line:
         self.socket, self.monitor = _dial(context, at)
         self.lost = False
         self.source: tuple[protocol.Memory, Source] | None = None  # its memory, where it was opened
-        self.unreachable = False  # its memory is
+        self.stream: Stream | None = None
+        self.unreachable: set[protocol.Way] = set()
+
+    def hang_up(self) -> None:
+        """End the stream, if there is one."""
+        if self.stream:
+            self.stream.close()
+        self.stream = None
 
     def close(self) -> None:
+        self.hang_up()
         if self.source:
             self.source[1].close()
         self.socket.disable_monitor()
@@ -108,11 +126,20 @@ class _Part:
         self.granted: protocol.Granted | None = None
         self.place = Place(range(0), range(0))
         self.cuts: deque[protocol.Cut] = deque()
-        self.owed = 0  # pieces taken that the server has not been told of
+        self.owed = 0  # bytes taken that the server has not been told of
+        self.fresh = False  # its line's stream was opened for this pull
 
     @property
     def done(self) -> bool:
         return self.granted is not None and not self.cuts
+
+
+def _poller(parts: Iterable[_Part]) -> zmq.Poller:
+    poller = zmq.Poller()
+    for part in parts:
+        poller.register(part.line.socket, zmq.POLLIN)
+        poller.register(part.line.monitor, zmq.POLLIN)
+    return poller
 
 
 class Puller:
@@ -125,11 +152,16 @@ class Puller:
         place: Place | None = None,
         *,
         ways: Sequence[OneSided] = (),
+        streams: bool = False,
         checksum: bool = False,
     ) -> None:
-        """`place`: what the pool is of the model, by default all. `ways`: how it can read by itself, the best first."""
+        """`place`: what the pool is of the model, by default all. `ways`: how it can read by itself, the best first; next best,
+        into a CPU, are `streams`."""
         self._key, self._pool, self._place = pairing_key, pool, place or Place.whole(pool)
         self._ways = {way.way: way for way in ways}
+        self._asked: list[protocol.Way] = [*self._ways]
+        if streams and pool.device.type == "cpu":
+            self._asked.append("tcp")
         self._checksum = checksum
         self._context: zmq.Context[Any] = zmq.Context()
         self._lines: dict[Address, _Line] = {}
@@ -143,25 +175,23 @@ class Puller:
     ) -> Pulled:
         """Fill `blocks`, of this process's pool, with its part of the hand-off's KV. Raises `TransferError`.
 
-        Where `Pulled.ways` holds another way than "zmq" the KV is good only if the hand-off is still held afterwards: ask by
+        Where `Pulled.ways` holds a way of `OneSided` the KV is good only if the hand-off is still held afterwards: ask by
         `Renew`. When this has returned or raised nothing more is written. `stop` is looked at now and then: true ends the pull.
         """
         index = np.asarray(blocks, dtype=np.int64)
         parts = [self._begin(handoff, (handoff.host, handoff.port + rank)) for rank in range(handoff.ranks)]
-        poller = zmq.Poller()
-        for part in parts:
-            poller.register(part.line.socket, zmq.POLLIN)
-            poller.register(part.line.monitor, zmq.POLLIN)
+        poller: zmq.Poller | None = None
         heard_s = time.monotonic()
         with torch.inference_mode():
             while not all(part.done for part in parts):
                 if stop():
-                    raise TransferError(f"The pull of hand-off {handoff.handoff!r} was given up.")
+                    raise _given_up(handoff)
                 # A poll of all is only for when there is nothing left to take.
-                taken = [self._take(handoff, part, index) for part in parts if not part.done]
+                taken = [self._take(handoff, part, index, stop) for part in parts if not part.done]
                 if any(taken):
                     heard_s = time.monotonic()
                     continue
+                poller = poller or _poller(parts)
                 ready = dict(poller.poll(100))
                 if time.monotonic() - heard_s > _ANSWER_S:
                     late = next(part.line for part in parts if not part.done)
@@ -182,48 +212,112 @@ class Puller:
 
     def _begin(self, handoff: protocol.Handoff, at: Address) -> _Part:
         line = self._lines.get(at)
-        if line is None or line.lost or line.monitor.poll(0):
+        if line is None or line.lost or line.monitor.events & zmq.POLLIN:
             if line:
                 line.close()
             line = self._lines[at] = _Line(self._context, at)
         part = _Part(line, 0)
-        self._ask(handoff, part)
+        if line.stream is None:
+            self._ask(handoff, part)
         return part
 
     def _ask(self, handoff: protocol.Handoff, part: _Part) -> None:
+        part.line.socket.send(protocol.encode(self._question(handoff, part)))
+
+    def _question(self, handoff: protocol.Handoff, part: _Part) -> protocol.Pull:
         part.ask = next(self._asks)
-        pull = protocol.Pull(
+        return protocol.Pull(
             ask=part.ask,
             handoff=handoff.handoff,
             generation=handoff.generation,
             pairing_key=self._key,
             layers=ends(self._place.layers),
             heads=ends(self._place.heads),
-            ways=[] if part.line.unreachable else list(self._ways),
+            ways=[way for way in self._asked if way not in part.line.unreachable],
             credit=_CREDIT,
             checksum=self._checksum,
         )
-        part.line.socket.send(protocol.encode(pull))
 
-    def _take(self, handoff: protocol.Handoff, part: _Part, blocks: Ints) -> bool:
-        """One message of a rank, if there is one."""
+    def _take(self, handoff: protocol.Handoff, part: _Part, blocks: Ints, stop: Callable[[], bool]) -> bool:
+        """One message of a rank, if there is one; where it has a stream, all that is asked for."""
+        if part.line.stream:
+            self._receive(handoff, part, part.line.stream, blocks, stop)
+            return True
         try:
             frames = [part.line.socket.recv(_NOW, copy=False)]
         except zmq.Again:
             return False
         while frames[-1].more:
             frames.append(part.line.socket.recv(copy=False))
-        self._heard(handoff, part, blocks, *frames)
+        self._heard(handoff, part, blocks, *(frame.buffer for frame in frames))
         return True
 
-    def _heard(
-        self, handoff: protocol.Handoff, part: _Part, blocks: Ints, head: zmq.Frame, *frames: zmq.Frame
+    def _receive(
+        self,
+        handoff: protocol.Handoff,
+        part: _Part,
+        stream: Stream,
+        blocks: Ints,
+        stop: Callable[[], bool],
     ) -> None:
-        answer = _read(head, part.line.at)
+        # Asked only when it is its turn: a server hangs up on who takes nothing for long.
+        line = part.line
+
+        def said(longest: int) -> protocol.Answer:
+            answer = _read(stream.message(longest), line.at)
+            if isinstance(answer, protocol.Refused):
+                raise _ERRORS[answer.code](answer.reason)
+            return answer
+
+        try:
+            try:
+                stream.ask(self._question(handoff, part))
+                granted = said(_LONGEST_ANSWER + 9 * handoff.kv_tokens)  # no number has more bytes
+            except OSError:
+                return self._lose_stream(handoff, part)
+            if not isinstance(granted, protocol.Granted) or granted.ask != part.ask:
+                raise _out_of_turn(line.at)
+            self._check(granted, handoff, len(blocks))
+            part.place = Place(range(*granted.layers), range(*granted.heads))
+            inside = part.place.within(self._place)
+            for spans in self._pool.spans(inside.layers, blocks, inside.heads):
+                if stop():
+                    raise _given_up(handoff)
+                stream.fill(spans)
+            if not isinstance(said(_LONGEST_ANSWER), protocol.Done):
+                raise _out_of_turn(line.at)
+            self._verify(part, granted, blocks)
+            part.granted = granted
+        except OSError:
+            raise _lost(line.at) from None
+        finally:
+            if part.granted is None:
+                line.hang_up()  # who knows what it would bring next
+        return None
+
+    def _lose_stream(self, handoff: protocol.Handoff, part: _Part) -> None:
+        """Perhaps the connection alone is gone, and may be made again; a new one that is gone is none to try again."""
+        part.line.hang_up()
+        if part.fresh:
+            part.line.unreachable.add("tcp")
+        self._ask(handoff, part)
+
+    def _heard(
+        self, handoff: protocol.Handoff, part: _Part, blocks: Ints, head: memoryview, *frames: memoryview
+    ) -> None:
+        line = part.line
+        answer = _read(head, line.at)
         if answer.ask != part.ask:
             return None  # of a pull that was given up
         if isinstance(answer, protocol.Refused):
             raise _ERRORS[answer.code](answer.reason)
+        if isinstance(answer, protocol.Stream) and "tcp" in self._asked and "tcp" not in line.unreachable:
+            part.fresh = True
+            try:
+                line.stream = Stream(line.at[0], answer.port)
+            except (OSError, OverflowError):
+                self._lose_stream(handoff, part)
+            return None
         if isinstance(answer, protocol.Granted) and part.granted is None:
             self._check(answer, handoff, len(blocks))
             part.place = Place(range(*answer.layers), range(*answer.heads))
@@ -234,8 +328,8 @@ class Puller:
             part.granted = answer
             return None
         if isinstance(answer, protocol.Piece) and part.cuts and len(frames) == 1:
-            return self._write(part, answer, frames[0].buffer, blocks)
-        raise TransferError(f"The worker at {part.line.at[0]}:{part.line.at[1]} answered a pull out of turn.")
+            return self._write(part, answer, frames[0], blocks)
+        raise _out_of_turn(line.at)
 
     def _check(self, granted: protocol.Granted, handoff: protocol.Handoff, blocks: int) -> None:
         pool = self._pool
@@ -268,8 +362,8 @@ class Puller:
         at = blocks[cut.first : cut.first + cut.blocks]
         for layer, bytes_ in zip(cut.layers, data, strict=True):
             self._pool.put(layer - self._place.layers.start, at, heads, bytes_)
-        part.owed += 1
-        if part.owed >= _CREDIT // 2 and len(part.cuts) > _CREDIT - part.owed:
+        part.owed += len(frame)
+        if part.owed >= _CREDIT // 2 and part.cuts:
             part.line.socket.send(protocol.encode(protocol.More(ask=part.ask, credit=part.owed)))
             part.owed = 0
 
@@ -288,17 +382,22 @@ class Puller:
             if line.source:
                 line.source[1].close()
                 line.source = None
+            if granted.way in line.unreachable:
+                raise _out_of_turn(line.at)
             try:
                 line.source = memory, self._ways[granted.way].open(memory, self._pool, self._place)
             except (KeyError, TransferError):
-                line.unreachable = True
-                return self._ask(handoff, part)  # again, in pieces
+                line.unreachable.add(granted.way)
+                return self._ask(handoff, part)  # again, for the next best way
         if part.place.layers:
             line.source[1].read(np.asarray(granted.ids, dtype=np.int64), blocks, part.place)
-        if self._checksum and checksums(self._pool, self._place, part.place, blocks) != granted.sums:
-            raise Corrupted("KV was read otherwise than it was held: its checksum does not fit.")
+        self._verify(part, granted, blocks)
         part.granted = granted
         return None
+
+    def _verify(self, part: _Part, granted: protocol.Granted, blocks: Ints) -> None:
+        if self._checksum and checksums(self._pool, self._place, part.place, blocks) != granted.sums:
+            raise Corrupted("KV arrived otherwise than it was held: its checksum does not fit.")
 
     def _whole(self, handoff: protocol.Handoff, parts: list[_Part]) -> Pulled:
         """All of it is there. Raises `TransferError`."""
@@ -361,7 +460,7 @@ class _Peer:
         while True:
             head, *_ = await self._socket.recv_multipart(copy=False)
             try:
-                answer = _read(head, self.at)
+                answer = _read(head.buffer, self.at)
             except TransferError:
                 return self.lose()
             future = self.open.get(answer.ask)
@@ -459,7 +558,7 @@ class KVClient:
             raise faults[0]
         pulled = mine.result()
         pulled = dataclasses.replace(pulled, ways=pulled.ways.union(*(work.result() for work in theirs)))
-        if pulled.ways != {"zmq"}:
+        if not pulled.ways <= {"zmq", "tcp"}:
             await self.renew(handoff)  # still held: so it was, all the while that it was read
         return pulled
 

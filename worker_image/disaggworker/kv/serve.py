@@ -1,4 +1,4 @@
-"""The prefill side of a pull: the thread that answers for held hand-offs, and sends their KV piece by piece."""
+"""The prefill side of a pull: the threads that answer for held hand-offs, and send their KV piece by piece or in a stream."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -20,12 +20,14 @@ from disaggworker.errors import StartError
 from disaggworker.kv.blocks import BLOCK_TOKENS
 from disaggworker.kv.leases import Lease, Leases
 from disaggworker.kv.pool import Bytes, Ints, Pool
+from disaggworker.kv.stream import Listener, Spans
 from disaggworker.kv.transport import OneSided, Place, ends, shifted
 
 _TICK_S = 0.1  # how late the end of a lease may be noticed
 _EARLY_S = 2.0  # how long a rank waits for rank 0's word of a hand-off that is pulled before it
+_EARLY_LOOK_S = 0.001  # it comes within microseconds of the answer: looking often is looking seldom
 _LONGEST_QUESTION = 1 << 16  # bytes
-_MOST_CREDIT = 64  # pieces; more that a puller asks for are not sent at once
+_MOST_CREDIT = 1 << 26  # bytes; more that a puller asks for are not sent at once
 _HEARD_IN_A_ROW = 64  # questions, between two pieces
 _KEPT = 10  # buffers of a piece each: those on their way, and those that are gathered and let go of meanwhile
 
@@ -79,12 +81,17 @@ class KVServer:
         *,
         follows: bool = False,
         ways: Sequence[OneSided] = (),
+        streams: bool = False,
     ) -> None:
-        """Binds at once; `serve` starts to answer. `ways`: what it offers beside pieces. Raises `StartError`."""
-        self._key, self._follows = pairing_key, follows
+        """Binds at once; `serve` starts to answer. Raises `StartError`.
+
+        Beside pieces it offers `ways` and, from a CPU, `streams`.
+        """
+        self._host, self._key, self._follows = host, pairing_key, follows
         self.leases = Leases(math.inf if follows else lease_s)
         self.late = 0  # pulls of hand-offs that are held no longer
-        self._ways = {way.way: way for way in ways}
+        self._ways, self._streams = {way.way: way for way in ways}, streams
+        self._listener: Listener | None = None
         self._memories: dict[protocol.Way, protocol.Memory | None] = {}
         self._sendings: dict[tuple[bytes, int], _Sending] = {}
         self._buffers = _Buffers()
@@ -119,9 +126,14 @@ class KVServer:
         return len(self._sendings)
 
     def serve(self, pool: Pool, place: Place | None = None) -> None:
-        """Answer from now on, for what `place` says the pool is of the model; by default all of it."""
+        """Answer from now on, for what `place` says the pool is of the model; by default all of it. Raises `StartError`."""
         self._pool, self._place = pool, place or Place.whole(pool)
         self._memories = {name: way.offer(pool, self._place) for name, way in self._ways.items()}
+        if self._streams and pool.device.type == "cpu":
+            try:
+                self._listener = Listener(self._host, self._stream)
+            except OSError as e:
+                raise StartError(f"No port of {self._host} can be bound for KV: {e.strerror}.") from None
         self._thread.start()
 
     def hold(
@@ -142,6 +154,8 @@ class KVServer:
     def close(self) -> None:
         """Stop answering."""
         self._closed.set()
+        if self._listener:
+            self._listener.close()
         if self._thread.is_alive():
             self._thread.join()
         self._socket.close()
@@ -154,15 +168,13 @@ class KVServer:
         with torch.inference_mode():
             look_s = 0.0  # at the leases, again
             while not self._closed.is_set():
-                busy = any(sending.credit for sending in self._sendings.values())
-                # A rank is told of a hand-off within microseconds of its answer: looking often is looking seldom.
-                wait_s = 0.0 if busy else 0.001 if self._early else _TICK_S
+                busy = any(sending.credit > 0 for sending in self._sendings.values())
+                wait_s = 0.0 if busy else _EARLY_LOOK_S if self._early else _TICK_S
                 heard = 0  # bounded: who asks without end must not keep the others from their pieces
-                while heard < _HEARD_IN_A_ROW and self._socket.poll(0 if heard else int(1000 * wait_s)):
-                    self._hear()
+                while heard < _HEARD_IN_A_ROW and self._hear(0.0 if heard else wait_s):
                     heard += 1
                 for sending in list(self._sendings.values()):
-                    if sending.credit:
+                    if sending.credit > 0:
                         self._send_piece(sending)
                 now = time.monotonic()
                 if self._early:
@@ -177,31 +189,43 @@ class KVServer:
         for key, sending in list(self._sendings.items()):
             if sending.ask.handoff not in self.leases:
                 self._sendings.pop(key, None)
-                self._gone(sending.peer, sending.ask)  # or somebody still waits
+                self._send(sending.peer, self._gone(sending.ask))  # or somebody still waits
 
-    def _hear(self) -> None:
-        peer, *frames = self._socket.recv_multipart()
+    def _hear(self, wait_s: float) -> bool:
+        """One question, if there is one."""
+        self._socket.rcvtimeo = int(1000 * wait_s)
+        try:
+            peer, *frames = self._socket.recv_multipart()
+        except zmq.Again:
+            return False
         try:
             ask = protocol.question(frames[0])
         except (msgspec.DecodeError, IndexError) as e:
-            return self._refuse(peer, -1, "malformed", f"This is no question of ours: {e}.")
+            self._send(peer, _refused(-1, "malformed", f"This is no question of ours: {e}."))
+            return True
         if isinstance(ask, protocol.More):
             if sending := self._sendings.get((peer, ask.ask)):
-                sending.credit = max(0, min(sending.credit + ask.credit, _MOST_CREDIT))
-            return None
+                sending.credit = min(sending.credit + max(0, ask.credit), _MOST_CREDIT)
+        elif refused := self._stranger(ask):
+            self._send(peer, refused)
+        elif isinstance(ask, protocol.Pull):
+            self._grant(peer, ask, time.monotonic() + _EARLY_S if self._follows else 0.0)
+        elif not self.leases.renew(ask.handoff, ask.generation, time.monotonic()):
+            self._send(peer, self._gone(ask))
+        else:
+            if isinstance(ask, protocol.Release):
+                self.drop(ask.handoff)
+            self._send(peer, protocol.Done(ask=ask.ask))
+        return True
+
+    def _stranger(self, ask: protocol.Renew | protocol.Pull | protocol.Release) -> protocol.Refused | None:
+        """What is said to another version or pairing key."""
         if ask.version != VERSION:
             reason = f"This worker speaks version {VERSION} of the hand-off, not {ask.version}."
-            return self._refuse(peer, ask.ask, "version", reason)
+            return _refused(ask.ask, "version", reason)
         if ask.pairing_key != self._key:
             reason = f"The prefill worker's pairing key is {self._key!r}, not {ask.pairing_key!r}."
-            return self._refuse(peer, ask.ask, "pairing", reason)
-        if isinstance(ask, protocol.Pull):
-            return self._grant(peer, ask, time.monotonic() + _EARLY_S if self._follows else 0.0)
-        if not self.leases.renew(ask.handoff, ask.generation, time.monotonic()):
-            return self._gone(peer, ask)
-        if isinstance(ask, protocol.Release):
-            self.drop(ask.handoff)
-        self._send(peer, protocol.Done(ask=ask.ask))
+            return _refused(ask.ask, "pairing", reason)
         return None
 
     def _retry(self, now: float) -> None:
@@ -211,24 +235,42 @@ class KVServer:
 
     def _grant(self, peer: bytes, ask: protocol.Pull, wait_until_s: float) -> None:
         """Answer a pull; ask again later where rank 0 may still have to speak."""
+        assert self._pool is not None
         if ask.credit < 1:
-            return self._refuse(
-                peer, ask.ask, "malformed", f"credit is {ask.credit}; at least 1 piece is sent."
-            )
+            reason = f"credit is {ask.credit}; at least 1 byte is sent."
+            self._send(peer, _refused(ask.ask, "malformed", reason))
+            return
+        offered = {name for name, memory in self._memories.items() if memory}
+        if self._listener:
+            offered.add("tcp")
+        way = next((name for name in ask.ways if name in offered), None)
+        if way == "tcp" and self._listener:
+            self._send(peer, protocol.Stream(ask=ask.ask, port=self._listener.port))
+            return
+        granted, _ = self._granted(ask, way)
+        if granted is None and wait_until_s:
+            self._early.append((wait_until_s, peer, ask))
+        elif granted is None:
+            self.late += 1
+            self._send(peer, self._gone(ask))
+        else:
+            self._send(peer, granted)
+            place = Place(range(*granted.layers), range(*granted.heads))
+            unit = 2 * len(place.heads) * self._pool.unit
+            if not way and (cuts := [*protocol.pieces(granted.layers, granted.blocks, unit)]):
+                self._sendings[peer, ask.ask] = _Sending(peer, ask, place, cuts)
+
+    def _granted(self, ask: protocol.Pull, way: protocol.Way | None) -> tuple[protocol.Granted | None, Ints]:
+        """What is said to a pull of what is held, None where it is not, and the blocks. In any thread."""
         pool = self._pool
         assert pool is not None
         place = self._place.common(ask.layers, ask.heads)
-        way = next((name for name in ask.ways if self._memories.get(name)), None)
-        sums: list[int] = []
         self.leases.renew(ask.handoff, ask.generation, time.monotonic())
         with self.leases.reading(ask.handoff, ask.generation) as lease:
-            if lease is not None and way and ask.checksum:
-                sums = checksums(pool, self._place, place, lease.blocks)
-        if lease is None:
-            if wait_until_s:
-                return self._early.append((wait_until_s, peer, ask))
-            self.late += 1
-            return self._gone(peer, ask)
+            if lease is None:
+                return None, np.empty(0, np.int64)
+            sums = checksums(pool, self._place, place, lease.blocks) if way and ask.checksum else []
+        memory = self._memories.get(way) if way else None
         granted = protocol.Granted(
             ask=ask.ask,
             way=way or "zmq",
@@ -239,16 +281,11 @@ class KVServer:
             block_tokens=BLOCK_TOKENS,
             head_dim=pool.head_dim,
             dtype=str(pool.dtype).removeprefix("torch."),
-            memory=self._memories[way] if way else None,
-            ids=lease.blocks.tolist() if way else [],
+            memory=memory,
+            ids=lease.blocks.tolist() if memory else [],
             sums=sums,
         )
-        self._send(peer, granted)
-        if not way:
-            cuts = [*protocol.pieces(granted.layers, granted.blocks, 2 * len(place.heads) * pool.unit)]
-            if cuts:
-                self._sendings[peer, ask.ask] = _Sending(peer, ask, place, cuts)
-        return None
+        return granted, lease.blocks
 
     def _send_piece(self, sending: _Sending) -> None:
         ask, cut = sending.ask, sending.cuts[0]
@@ -260,8 +297,9 @@ class KVServer:
                 self._gather(sending.place, cut, lease, buffer[:size])
         if lease is None:
             self._sendings.pop((sending.peer, ask.ask), None)
-            return self._gone(sending.peer, ask)
-        sending.credit -= 1
+            self._send(sending.peer, self._gone(ask))
+            return
+        sending.credit -= size
         sending.cuts.popleft()
         if not sending.cuts:
             self._sendings.pop((sending.peer, ask.ask), None)
@@ -270,7 +308,6 @@ class KVServer:
         tracker = self._send(sending.peer, protocol.Piece(ask=ask.ask, checksum=checksum), frame)
         if tracker:
             self._buffers.lend(buffer, tracker)
-        return None
 
     def _gather(self, place: Place, cut: protocol.Cut, lease: Lease, out: Bytes) -> None:
         pool = self._pool
@@ -280,15 +317,12 @@ class KVServer:
         for layer, part in zip(cut.layers, out.reshape(len(cut.layers), -1), strict=True):
             pool.take(layer - self._place.layers.start, blocks, heads, part)
 
-    def _gone(self, peer: bytes, ask: protocol.Renew | protocol.Pull | protocol.Release) -> None:
+    def _gone(self, ask: protocol.Renew | protocol.Pull | protocol.Release) -> protocol.Refused:
         reason = (
             f"The prefill worker no longer holds hand-off {ask.handoff!r}: its lease "
             f"{'' if self._follows else f'of {self.leases.lease_s:g} s '}ended, or it was released."
         )
-        self._refuse(peer, ask.ask, "expired", reason)
-
-    def _refuse(self, peer: bytes, ask: int, code: protocol.RefusalCode, reason: str) -> None:
-        self._send(peer, protocol.Refused(ask=ask, code=code, reason=reason))
+        return _refused(ask.ask, "expired", reason)
 
     def _send(self, peer: bytes, message: protocol.Answer, *frames: memoryview) -> zmq.MessageTracker | None:
         """Says when ZeroMQ is done with the last of the frames, if there are any and the peer is."""
@@ -304,6 +338,35 @@ class KVServer:
             for key in [key for key in self._sendings if key[0] == peer]:
                 del self._sendings[key]
             return None
+
+    # ------------------------------------------------------------------------------ in a thread of each stream
+
+    def _stream(self, ask: protocol.Question) -> Iterator[protocol.Answer | Spans]:
+        """The answer to a pull, and in it the blocks where they lie; it ends by whether they were held until they were sent."""
+        if not isinstance(ask, protocol.Pull):
+            yield _refused(ask.ask, "malformed", "Only a pull is answered here.")
+            return
+        if refused := self._stranger(ask):
+            yield refused
+            return
+        until_s = time.monotonic() + _EARLY_S if self._follows else 0.0
+        granted, blocks = self._granted(ask, "tcp")
+        while granted is None and time.monotonic() < until_s and not self._closed.wait(_EARLY_LOOK_S):
+            granted, blocks = self._granted(ask, "tcp")
+        if granted is None:
+            self.late += 1
+            yield self._gone(ask)
+            return
+        yield granted
+        assert self._pool is not None
+        inside = Place(range(*granted.layers), range(*granted.heads)).within(self._place)
+        yield from self._pool.spans(inside.layers, blocks, inside.heads)
+        held = self.leases.renew(ask.handoff, ask.generation, time.monotonic())
+        yield protocol.Done(ask=ask.ask) if held else self._gone(ask)
+
+
+def _refused(ask: int, code: protocol.RefusalCode, reason: str) -> protocol.Refused:
+    return protocol.Refused(ask=ask, code=code, reason=reason)
 
 
 def checksums(pool: Pool, held: Place, place: Place, blocks: Ints) -> list[int]:

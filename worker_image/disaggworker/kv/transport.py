@@ -4,12 +4,14 @@ One conversation for all transports (`protocol`), over pyzmq: `KVServer` (serve.
 `KVClient` (pull.py) renews, pulls and releases. What differs is the way of the bytes:
 
     zmq        the server gathers pieces and sends them; the puller writes piece i while i + 1 is on the wire
+    tcp        the server's kernel takes blocks from where they lie, the puller's puts them into blocks (CPUs alone)
     shm        the puller maps the server's pool (two processes of one host) and copies block to block
     cuda_ipc   the same between GPUs of one host
     nixl       the puller's NIXL agent reads the server's registered pool over RDMA, NVLink, shared memory or TCP
 
-All but the first are a `OneSided`: the server says where its memory is, the puller reads, and the server's word that the
-hand-off was still held *afterwards* is what makes the bytes good.
+By the first two the server sends, and says itself that the hand-off was held until then. The others are a `OneSided`: the
+server says where its memory is, the puller reads, and the server's word that the hand-off was still held *afterwards* is what
+makes the bytes good.
 
 What every transport must do, and tests/unit/test_kv_conformance.py holds each of them to:
 
@@ -50,11 +52,17 @@ class Place:
 
     def common(self, layers: tuple[int, int], heads: tuple[int, int]) -> Place:
         """What of these layers and heads is held here; two empty ranges if nothing is."""
-        mine = Place(_within(self.layers, layers), _within(self.heads, heads))
+        mine = Place(_common(self.layers, layers), _common(self.heads, heads))
         return mine if mine.layers and mine.heads else Place(range(0), range(0))
 
+    def within(self, place: Place) -> Place:
+        """The same as that process numbers it."""
+        first = place.layers.start
+        layers = range(self.layers.start - first, self.layers.stop - first)
+        return Place(layers, shifted(self.heads, place))
 
-def _within(held: range, asked: tuple[int, int]) -> range:
+
+def _common(held: range, asked: tuple[int, int]) -> range:
     start, stop = max(held.start, asked[0]), min(held.stop, asked[1])
     return range(start, max(start, stop))
 

@@ -107,7 +107,7 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self.stop)
         self._kv_server = KVServer(
-            config.pod_ip, config.kv_port, config.pairing_key, config.lease_s, ways=[Shm()]
+            config.pod_ip, config.kv_port, config.pairing_key, config.lease_s, ways=[Shm()], streams=True
         )
         self._kv_client = KVClient(config.pairing_key)
         app = web.Application(client_max_size=_BODY_BYTES)
@@ -204,7 +204,7 @@ class Worker:
         place = place_of(Part.of(runner.model, runner.pool))
         self._kv_server.serve(runner.pool, place)
         self._kv_client.puller = Puller(
-            config.pairing_key, runner.pool, place, ways=[Shm()], checksum=config.kv_checksum
+            config.pairing_key, runner.pool, place, ways=[Shm()], streams=True, checksum=config.kv_checksum
         )
         others = self._kv_client.others = Others(self._ranks, self._loop) if self._ranks else None
         self._serve = {

@@ -20,12 +20,13 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 
+from disaggworker import config
 from disaggworker.errors import StartError
 from disaggworker.metrics import CONTENT_TYPE
 
@@ -89,11 +90,12 @@ def read(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
     rest = list(argv)
     flags: dict[str, list[str]] = {}
     for role in ("decode", "prefill"):
-        if rest.count(role) != 1 and "--help" not in rest:
+        there = [at for at in _words(rest) if rest[at] == role]
+        if len(there) != 1 and "--help" not in rest:
             raise StartError(
-                f"disaggworker pair: say `prefill` and its flags, then `decode` and its flags; {role!r} is there {rest.count(role)} times."
+                f"disaggworker pair: say `prefill` and its flags, then `decode` and its flags; {role!r} is there {len(there)} times."
             )
-        at = rest.index(role) if role in rest else len(rest)
+        at = there[0] if there else len(rest)
         rest, flags[role] = rest[:at], rest[at + 1 :]
     parser = _Parser(prog="disaggworker pair", allow_abbrev=False, epilog="then: prefill FLAGS decode FLAGS")
     parser.add_argument("--prefill-gpus", help="as in CUDA_VISIBLE_DEVICES; default: all")
@@ -110,6 +112,18 @@ def read(argv: Sequence[str], env: Mapping[str, str]) -> Settings:
             f"disaggworker pair: both workers have port {said}; give each its own --port, and --kv-port with one port per rank."
         )
     return Settings(prefill, decode, env.get("POD_IP") or "127.0.0.1", own.ready_port)
+
+
+def _words(argv: Sequence[str]) -> Iterator[int]:
+    """Where words stand that are neither flags nor their values: a model may be served by the name `decode`."""
+    switches, value = config.switches(), False
+    for at, word in enumerate(argv):
+        if value:
+            value = False
+        elif word.startswith("-"):
+            value = "=" not in word and word not in switches
+        else:
+            yield at
 
 
 def run(argv: list[str]) -> int:
@@ -181,10 +195,9 @@ class Pair:
                 except (aiohttp.ClientError, TimeoutError, LookupError) as e:
                     if said != (why := f"No KV goes from prefill to decode in this pair: {e!r}."):
                         print(said := why, file=sys.stderr)
-        if self._state["transport"] == "zmq":
+        if self._state["transport"] in ("zmq", "tcp"):
             print(
-                "KV of this pair goes through messages, not through shared memory: the workers cannot map each other's. It is "
-                "slower than the plan reckons with.",
+                "KV of this pair goes through sockets, not through shared memory: the workers cannot map each other's, or it is a GPU's.",
                 file=sys.stderr,
             )
         self._state["status"] = "ready"

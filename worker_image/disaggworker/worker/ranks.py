@@ -83,10 +83,18 @@ class Attendant:
         place, ways = place_of(part), [Shm()]
         self._say, self._device = say, part.pool.device
         self._server = KVServer(
-            config.pod_ip, config.kv_port + part.rank, config.pairing_key, math.inf, follows=True, ways=ways
+            config.pod_ip,
+            config.kv_port + part.rank,
+            config.pairing_key,
+            math.inf,
+            follows=True,
+            ways=ways,
+            streams=True,
         )
         self._server.serve(part.pool, place)
-        self._puller = Puller(config.pairing_key, part.pool, place, ways=ways, checksum=config.kv_checksum)
+        self._puller = Puller(
+            config.pairing_key, part.pool, place, ways=ways, streams=True, checksum=config.kv_checksum
+        )
         self._thread = ThreadPoolExecutor(1, "pull", initializer=self._begin)
         self._stopped: set[int] = set()
 
