@@ -97,7 +97,9 @@ RESOURCE: dict[str, Any] = {
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_three_routers_of_an_installation(tmp_path: Path) -> None:
-    with Stack(tmp_path / "stack") as stack:
+    # With a node's usual 40 s of grace the controller manager, back from a longer outage, may find every node dead and take all
+    # pods out of their Services before a kubelet's first word: as in any cluster, and nothing that a router could help.
+    with Stack(tmp_path / "stack", node_monitor_grace_period=f"{2 * LONG_OUTAGE_S:g}s") as stack:
         stack.apply(RESOURCE)
         stack.wait("chat", "chat to be ready", ready, timeout_s=120)
         wait_until(lambda: len(routers(stack)) == 3, "three routers", timeout_s=60)
