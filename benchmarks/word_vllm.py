@@ -62,7 +62,7 @@ def servers(weights: Path, folder: Path) -> Iterator[None]:
     transfer = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_load_failure_policy": "fail"}
     running = []
     try:
-        for core, host in enumerate(HOSTS.values()):
+        for host in HOSTS.values():
             argv = [*environment.command(), "serve", str(weights), "--served-model-name", MODEL]
             argv += ["--max-model-len", str(CONTEXT), "--host", host, "--port", str(PORT)]
             argv += [
@@ -76,8 +76,6 @@ def servers(weights: Path, folder: Path) -> Iterator[None]:
             argv += ["--max-num-seqs", str(BATCH_REQUESTS), "--no-enable-prefix-caching"]
             env = os.environ | environment.variables(folder / host)
             env |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": host, "VLLM_NIXL_SIDE_CHANNEL_PORT": "5600"}
-            # Left alone, each of the two takes the first core of the machine for its one thread: the same.
-            env |= {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
             with (folder / f"{host}.log").open("wb") as log:
                 running.append(
                     subprocess.Popen(argv, env=env, stdout=log, stderr=log, start_new_session=True)

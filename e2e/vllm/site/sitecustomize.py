@@ -21,6 +21,9 @@ os.environ.setdefault(
     "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
 )  # API and engine in one process: half the start, half the memory
 
+# And else its NIXL connector does: the thread that computes, of every server of the machine, on the one highest core.
+os.sched_setaffinity = lambda pid, cores: None
+
 _version = importlib.metadata.version
 
 
