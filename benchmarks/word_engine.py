@@ -22,15 +22,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import zmq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.word import DECODE, PREFILL, Row, fitted, judged, profiled, taken, verdict
+from benchmarks.word import DECODE, PREFILL, Row, fitted, judged, posed, profiled, taken, verdict
 from benchmarks.word_paced import SEED, served
 from disaggserve import catalogue, latency, simulate
-from disaggserve.workload import Lengths
 from e2e import load
 from e2e.dataplane import DataPlane, fork_server
 from e2e.nodes.tiny import make_tiny
@@ -46,15 +44,15 @@ def loopback_bytes_s(size: int) -> float:
     """Bytes a second of so many in one message over loopback, there and a short word back."""
     with zmq.Context() as context, context.socket(zmq.REQ) as near, context.socket(zmq.REP) as far:
         near.connect(f"tcp://127.0.0.1:{far.bind_to_random_port('tcp://127.0.0.1')}")
-        taken, message = [], bytes(size)
+        seconds, message = [], bytes(size)
         for _ in range(9):
             begun = time.perf_counter()
             near.send(message, copy=False)
             far.recv(copy=False)
             far.send(b"")
             near.recv()
-            taken.append(time.perf_counter() - begun)
-    return size / statistics.median(taken)
+            seconds.append(time.perf_counter() - begun)
+    return size / statistics.median(seconds)
 
 
 async def measure(shares: Sequence[float], count: int, hidden: int, layers: int, folder: Path) -> list[Row]:
@@ -78,16 +76,8 @@ async def measure(shares: Sequence[float], count: int, hidden: int, layers: int,
         fit = functools.partial(fitted, engine="torch", model=model, folder=folder)
         times = fit(await asyncio.to_thread(profile))
 
-        rng = np.random.default_rng(SEED)
-        pair = (rng.integers(least, most, 1000).astype(np.int32) for least, most in ((64, 513), (16, 65)))
-        lengths = Lengths("64 to 512 in, 16 to 64 out", *pair)
-        one_s = float(np.mean([times.prefill_stage_s([int(n)]) for n in lengths.input]))
-        promise = simulate.Promise(4 * one_s, 1.25 * times.decode_stage_s(8, 8 * 320), 0.9)
-        print(
-            f"1 prefill + 1 decode, {lengths.name}: a prompt takes {one_s * 1e3:.0f} ms on average, a decode step of 8 at "
-            f"320 tokens {promise.tpot_s / 1.25 * 1e3:.0f} ms; link {link / 1e9:.2f} GB/s\n"
-            f"promise: TTFT {promise.ttft_s * 1e3:.0f} ms (4 prompts' time), TPOT {promise.tpot_s * 1e3:.0f} ms (1.25 such steps)"
-        )
+        asked = posed(times, link, (64, 512), (16, 64), 320, SEED)
+        promise = asked.promise
         # Memory for KV is taken as it is first used, at the cost of milliseconds a prompt: here all of it is used once.
         warm = [(0.05 * k, 512, 64) for k in range(40)]
         await asyncio.gather(plane.worker("prefill"), plane.worker("decode"))
@@ -101,8 +91,7 @@ async def measure(shares: Sequence[float], count: int, hidden: int, layers: int,
             )
             return results
 
-        rates = {share: share / one_s for share in shares}
-        sent = await taken(rates, count, lengths, 10 * one_s, load_of, profile)
+        sent = await taken(shares, count, asked, load_of, profile)
 
     def deployment(times: latency.StepTimes) -> simulate.Deployment:
         pool = simulate.Pool(1, times, BLOCKS, BATCH_TOKENS)

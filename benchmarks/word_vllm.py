@@ -29,14 +29,12 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import numpy as np
 import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.word import DECODE, PREFILL, Row, fitted, judged, profiled, taken, verdict
+from benchmarks.word import DECODE, PREFILL, Row, fitted, judged, posed, profiled, taken, verdict
 from disaggserve import catalogue, latency, simulate
-from disaggserve.workload import Lengths
 from disaggworker.router.app import serving
 from disaggworker.router.config import Config
 from disaggworker.router.fleet import Seen
@@ -170,29 +168,19 @@ def measure(weights: Path, folder: Path, url: str, count: int, shares: Sequence[
     kv_bytes = model.kv_bytes_per_token()
     link = link_bytes_s(url)
 
-    rng = np.random.default_rng(SEED)
-    pair = (rng.integers(least, most, 1000).astype(np.int32) for least, most in ((32, 513), (16, 49)))
-    lengths = Lengths("32 to 512 in, 16 to 48 out", *pair)
-    one_s = float(np.mean([times.prefill_stage_s([int(n)]) for n in lengths.input]))
-    promise = simulate.Promise(4 * one_s, 1.25 * times.decode_stage_s(8, 8 * 300), 0.9)
-    print(
-        f"1 prefill + 1 decode, {lengths.name}: a prompt takes {one_s * 1e3:.0f} ms on average, a decode step of 8 at 300 "
-        f"tokens {promise.tpot_s / 1.25 * 1e3:.0f} ms; link {link / 1e9:.2f} GB/s\n"
-        f"promise: TTFT {promise.ttft_s * 1e3:.0f} ms (4 prompts' time), TPOT {promise.tpot_s * 1e3:.0f} ms (1.25 such steps)"
-    )
+    asked = posed(times, link, (32, 512), (16, 48), 300, SEED)
 
     async def load_of(requests: Sequence[load.Wanted], number: int) -> Sequence[load.Result]:
         return await load.run_load(url, MODEL, requests, vocab=VOCABULARY, seed=SEED + number)
 
-    rates = {share: share / one_s for share in shares}
-    sent = asyncio.run(taken(rates, count, lengths, 10 * one_s, load_of, profile))
+    sent = asyncio.run(taken(shares, count, asked, load_of, profile))
 
     def deployment(times: latency.StepTimes) -> simulate.Deployment:
         blocks = KV_BYTES // (16 * kv_bytes)
         pool = simulate.Pool(1, times, blocks, BATCH_TOKENS, batch_requests=BATCH_REQUESTS)
         return simulate.Deployment((pool,), (pool,), kv_bytes, link, first_token_from="decode")
 
-    return judged(sent, fit, deployment, promise, folder)
+    return judged(sent, fit, deployment, asked.promise, folder)
 
 
 def main() -> int:

@@ -9,9 +9,11 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from disaggserve import catalogue, latency, simulate
 from disaggserve.latency import fitting, measurements
@@ -83,6 +85,38 @@ def verdict(rows: Sequence[Row], bound: float) -> int:
         )
         return 1
     return int(any(abs(row.difference) > bound for row in rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Posed:
+    """What is asked of a deployment of one prefill and one decode instance."""
+
+    lengths: Lengths
+    one_s: float  # a prompt's mean time
+    promise: simulate.Promise
+
+
+def posed(
+    times: latency.StepTimes,
+    link: float,
+    prompts: tuple[int, int],
+    answers: tuple[int, int],
+    context: int,
+    seed: int,
+) -> Posed:
+    """Lengths drawn evenly from `prompts` and `answers` (tokens, the last one included) and a promise by step times, both printed:
+    four prompts' time, and 1.25 decode steps of 8 requests with `context` tokens each. `link`: bytes/s."""
+    rng = np.random.default_rng(seed)
+    pair = (rng.integers(least, most + 1, 1000).astype(np.int32) for least, most in (prompts, answers))
+    lengths = Lengths("{} to {} in, {} to {} out".format(*prompts, *answers), *pair)
+    one_s = float(np.mean([times.prefill_stage_s([int(n)]) for n in lengths.input]))
+    promise = simulate.Promise(4 * one_s, 1.25 * times.decode_stage_s(8, 8 * context), 0.9)
+    print(
+        f"1 prefill + 1 decode, {lengths.name}: a prompt takes {one_s * 1e3:.0f} ms on average, a decode step of 8 at {context} "
+        f"tokens {promise.tpot_s / 1.25 * 1e3:.0f} ms; link {link / 1e9:.2f} GB/s\n"
+        f"promise: TTFT {promise.ttft_s * 1e3:.0f} ms (4 prompts' time), TPOT {promise.tpot_s * 1e3:.0f} ms (1.25 such steps)"
+    )
+    return Posed(lengths, one_s, promise)
 
 
 def drawn(rate: float, count: int, lengths: Lengths, spare_s: float, seed: int) -> list[load.Wanted]:
@@ -162,20 +196,22 @@ class Sent:
 
 
 async def taken(
-    shares: Mapping[float, float],
+    shares: Sequence[float],
     count: int,
-    lengths: Lengths,
-    spare_s: float,
+    asked: Posed,
     load_of: Callable[[Sequence[load.Wanted], int], Awaitable[Sequence[load.Result]]],
     profile: Callable[[], Sequence[measurements.Row]],
 ) -> list[Sent]:
-    """`count` requests at each of the rates of `shares`, in `PARTS` loads, in turns with the other rates and with profiles, so that
-    the machine's faster and slower minutes come to all alike. `load_of` is told a number, of which no two loads have the same."""
-    sent = [Sent(share, rate) for share, rate in shares.items()]
+    """`count` requests at each of these shares of what prefill can bear, in `PARTS` loads, in turns with the other rates and with
+    profiles, so that the machine's faster and slower minutes come to all alike. `load_of` is told a number, of which no two loads
+    have the same."""
+    sent = [Sent(share, share / asked.one_s) for share in shares]
     before = await asyncio.to_thread(profile)
     for number, (part, one) in enumerate(itertools.product(range(PARTS), sent)):
         some = count * (part + 1) // PARTS - count * part // PARTS
-        one.loads.append(await load_of(drawn(one.rate, some, lengths, spare_s, number), number))
+        one.loads.append(
+            await load_of(drawn(one.rate, some, asked.lengths, 10 * asked.one_s, number), number)
+        )
         after = await asyncio.to_thread(profile)
         one.measured += [*before, *after]
         before = after
