@@ -95,7 +95,7 @@ class Stream:
 
     def fill(self, spans: Spans) -> None:
         """Put what comes next there."""
-        _move(lambda some: self._socket.recvmsg_into(some)[0], spans, _CALL_BYTES)
+        _receive(self._socket, spans)
 
     def close(self) -> None:
         """Hang up."""
@@ -127,16 +127,20 @@ def _framed(message: protocol.Question | protocol.Answer) -> memoryview:
 
 def _message(connected: socket.socket, longest: int) -> bytearray:
     size = bytearray(4)
-    _move(lambda some: connected.recvmsg_into(some)[0], [memoryview(size)], 4)
+    _receive(connected, [memoryview(size)])
     if not 0 < (length := int.from_bytes(size)) <= longest:
         raise ConnectionError(f"its message has {length} bytes")
     data = bytearray(length)
-    _move(lambda some: connected.recvmsg_into(some)[0], [memoryview(data)], length)
+    _receive(connected, [memoryview(data)])
     return data
 
 
 def _send(connected: socket.socket, spans: Spans, flags: int = 0) -> None:
     _move(lambda some: connected.sendmsg(some, [], flags), spans, 1 << 30)
+
+
+def _receive(connected: socket.socket, spans: Spans) -> None:
+    _move(lambda some: connected.recvmsg_into(some)[0], spans, _CALL_BYTES)
 
 
 def _move(step: Callable[[Spans], int], spans: Spans, size: int) -> None:
