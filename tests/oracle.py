@@ -129,6 +129,7 @@ class Oracle:
         self.moves = moves
         self.from_decode = d.first_token_from == "decode"
         self.inline = d.transfer == "inline" and not d.sticky
+        self.stepwise = d.transfer == "step"
         self.pushes = d.handoff == "push" and not d.sticky
         self.token_ticks = d.kv_bytes_per_token / d.link_bytes_s * 1e9 * 1024
         self.swap_ticks = d.kv_bytes_per_token * 1e9 * 1024 / d.swap_bytes_s if d.swap_bytes_s else -1.0
@@ -296,6 +297,8 @@ class Oracle:
     def move(self, t: int, r: Request) -> None:
         assert r.decode is not None
         begin = t if r.ready is None else r.ready
+        if self.stepwise:
+            begin = max(t, r.decode.stage_free[0])
         end = max(begin, r.decode.link_free) + self.move_ticks(r.input)
         if self.deployment.overlap:
             end = max(end, t + self.move_ticks(min(16, r.input)))

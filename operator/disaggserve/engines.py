@@ -35,9 +35,8 @@ class Engine:
     prefix_cache: bool = False  # whether a prompt's KV is kept for others that begin alike
     quantised: frozenset[str] = frozenset()  # of catalogue.Model.quantised
     prefill_requests: int = 0  # prompts in one batch; 0: no limit
-    transfer: Literal["link", "inline"] = (
-        "link"  # beside decode's steps | between them: its loop stands still
-    )
+    # As soon as it may | with a step of decode | between two of them: its loop stands still
+    transfer: Literal["link", "step", "inline"] = "link"
     transfer_bytes_s: float | None = (
         None  # what it moves KV with at most, whatever the link; None: the link's
     )
@@ -71,7 +70,7 @@ TORCH = Engine(
     ),
 )
 # vLLM's max_num_batched_tokens on data-centre GPUs. NixlConnector: P's one token is dropped, D's is the
-# user's first. Beside what the operator sets itself, flags that would hide the API (keys, TLS, sockets), the counters that
+# user's first; D's scheduler starts a pull with a step, and hears of its end after one. Beside what the operator sets itself, flags that would hide the API (keys, TLS, sockets), the counters that
 # the drain reads, or that put more than one engine behind one address and so behind one side channel.
 VLLM = Engine(
     "vllm",
@@ -82,6 +81,7 @@ VLLM = Engine(
     prefix_cache=True,
     architectures=frozenset({"opt", "llama", "qwen3", "mixtral", "qwen3_moe"}),
     quantised=frozenset({"fp8", "int8"}),
+    transfer="step",
     colocates=True,
     role_change="label",
     flags=_flags(

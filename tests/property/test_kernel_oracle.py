@@ -62,11 +62,12 @@ def some(least: int = 1) -> st.SearchStrategy[tuple[simulate.Pool, ...]]:
 @st.composite
 def deployments(draw: st.DrawFn) -> simulate.Deployment:
     kind = draw(st.sampled_from(["apart", "colocated", "mixed"]))
-    pull: dict[str, Any] = {}
+    pull: dict[str, Any] = draw(st.sampled_from([{}, {"transfer": "step"}]))
     if kind != "mixed":
         habits: Sequence[dict[str, Any]] = (
             {},
             {"handoff": "push"},
+            {"transfer": "step"},
             {"transfer": "inline", "pull_below": draw(st.sampled_from([0.05, 0.5, 1.0]))},
         )
         pull = draw(st.sampled_from(habits))

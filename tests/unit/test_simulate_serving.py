@@ -65,6 +65,15 @@ def test_vllms_first_token_comes_from_decode() -> None:
     assert ms(out.last_ns) == [70, 1050]
 
 
+def test_vllms_pull_begins_with_a_step_and_is_seen_after_one() -> None:
+    vllm = dataclasses.replace(deployment(), first_token_from="decode", transfer="step")
+    out = simulate.run(vllm, requests((0, 20, 20), (30, 15, 1)))
+    assert ms(out.first_ns)[0] == 50  # nothing ran: at once
+    # Its prompt is done at 45 and a step at 50: it is pulled until 65, in the middle of the step that ends at 70.
+    assert ms(out.transfer_end_ns)[1] == 65
+    assert ms(out.first_ns)[1] == 80
+
+
 def test_one_token_ends_at_prefill() -> None:
     out = simulate.run(deployment(), requests((0, 20, 1)))
     assert ms(out.last_ns) == ms(out.first_ns) == [20]

@@ -97,13 +97,14 @@ def joined(
     so that batches of consecutive requests are of one run, but for those at a seam.
     """
     width_ns = round((end_s - begin_s) * 1e9)
-    pieces: list[tuple[Requests, tuple[npt.NDArray[np.int64], ...]]] = []
+    pieces: list[tuple[Requests, Outcome]] = []
     for i, (requests, outcome) in enumerate(runs):
         begin, end = np.searchsorted(requests.arrival_ns, [round(begin_s * 1e9), round(end_s * 1e9)])
         cut, shift = slice(int(begin), int(end)), i * width_ns
         some = requests.take(cut)
-        times = tuple(np.where(t[cut] < 0, -1, t[cut] + shift) for t in _times(outcome))
-        pieces.append((dataclasses.replace(some, arrival_ns=some.arrival_ns + shift), times))
+        start, first, moved, begun, last = (np.where(t[cut] < 0, -1, t[cut] + shift) for t in _times(outcome))
+        shifted = Outcome(start, first, moved, begun, last, outcome.events)
+        pieces.append((dataclasses.replace(some, arrival_ns=some.arrival_ns + shift), shifted))
     cached = [r.cached for r, _ in pieces if r.cached is not None]
     requests = Requests(
         np.concatenate([r.arrival_ns for r, _ in pieces]),
@@ -111,10 +112,15 @@ def joined(
         np.concatenate([r.output for r, _ in pieces]),
         np.concatenate(cached) if cached else None,
     )
+    return requests, one_after_another([outcome for _, outcome in pieces])
+
+
+def one_after_another(outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcomes of consecutive requests on one clock, as one."""
     start, first, moved, begun, last = (
-        np.concatenate(column) for column in zip(*(t for _, t in pieces), strict=True)
+        np.concatenate(column) for column in zip(*map(_times, outcomes), strict=True)
     )
-    return requests, Outcome(start, first, moved, begun, last, sum(o.events for _, o in runs))
+    return Outcome(start, first, moved, begun, last, sum(o.events for o in outcomes))
 
 
 def _times(outcome: Outcome) -> tuple[npt.NDArray[np.int64], ...]:

@@ -97,6 +97,7 @@ class World(NamedTuple):
     sticky: bool
     pushes: bool
     inline: bool
+    stepwise: bool
     overlap: bool
 
 
@@ -284,9 +285,22 @@ def _queue_prompt(w: World, r: int, t: int, seen: int) -> None:
 
 
 @inlined
-def _transfer(w: World, r: int, i: int, t: int) -> None:
+def _boundary(w: World, i: int, t: int, seen: int) -> Any:
+    """When the next step of instance i may begin, t or later."""
+    lanes, k = w.lanes, w.insts[i, I_LANE]
+    if w.insts[i, I_PP] > 1:
+        return max(t, lanes[k, L_STAGE_FREE])
+    if not lanes[k, L_RUNNING]:
+        return t
+    if lanes[k, L_K] <= 1:
+        return w.when[_source(w.insts, k)]
+    return lanes[k, L_T0] + _span(lanes, k, _steps_until(lanes, k, t + 1 if k <= seen else t))
+
+
+@inlined
+def _transfer(w: World, r: int, i: int, t: int, seen: int) -> None:
     """Move a request's KV to instance i, whose link takes one at a time."""
-    begin = min(t, w.reqs[r, READY])
+    begin = _boundary(w, i, t, seen) if w.stepwise else min(t, w.reqs[r, READY])
     end = max(begin, w.insts[i, I_LINK]) + _move_ticks(w, w.reqs[r, INPUT])
     if w.overlap:
         end = max(end, t + _move_ticks(w, min(w.reqs[r, INPUT], 16)))
@@ -330,7 +344,7 @@ def _admit(w: World, i: int, t: int, seen: int) -> None:
         elif w.pushes:
             _queue_prompt(w, r, t, seen)
         else:
-            _transfer(w, r, i, t)
+            _transfer(w, r, i, t, seen)
 
 
 @compiled
@@ -434,7 +448,7 @@ def _prefilled(w: World, n: Routing, r: int, i: int, ready: int, t: int, seen: i
     if w.overlap:
         reqs[r, READY] = ready
     if w.pushes:
-        _transfer(w, r, reqs[r, DECODER], t)
+        _transfer(w, r, reqs[r, DECODER], t, seen)
         return False
     d = i
     if not w.sticky:

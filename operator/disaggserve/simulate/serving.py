@@ -54,9 +54,8 @@ class Deployment:
     overlap: bool = False  # KV moves layer by layer while the last stage of its prefill runs
     routers: int = 1
     view_age_s: float = 0.0  # routers see all loads as of the last multiple of it; 0: as they are
-    transfer: Literal["link", "inline"] = (
-        "link"  # beside decode's steps | between them: its loop stands still
-    )
+    # As soon as it may | with a step of decode | between two of them: its loop stands still
+    transfer: Literal["link", "step", "inline"] = "link"
     pull_below: float = 0.05  # inline: the share of blocks that those pulled and not in a batch may hold
     swap_bytes_s: float | None = None  # the preempted are swapped out and in at this rate; None: recomputed
 
@@ -86,8 +85,8 @@ def run(deployment: Deployment, requests: Requests) -> Outcome:
         )
     if d.sticky and (d.prefill or d.decode):
         raise BadDeployment("sticky is for mixed instances alone, and this deployment has others")
-    if d.handoff == "push" and d.transfer == "inline":
-        raise BadDeployment("transfer inline is a pull, and handoff is push")
+    if d.handoff == "push" and d.transfer != "link":
+        raise BadDeployment(f"transfer {d.transfer} is a pull, and handoff is push")
     if d.transfer == "inline" and not 0 < d.pull_below <= 1:
         raise BadDeployment(f"pull_below is {d.pull_below}, not a share of blocks above 0 and up to 1")
     if d.routers < 1 or not 0 <= d.view_age_s < 1e6:
@@ -203,6 +202,7 @@ def _serve(d: Deployment, requests: Requests, *, moves: bool) -> Outcome:
         bool(d.sticky),
         d.handoff == "push" and not d.sticky,
         d.transfer == "inline" and not d.sticky,
+        d.transfer == "step",
         bool(d.overlap),
     )
     routing = kernel.Routing(
