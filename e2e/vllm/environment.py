@@ -22,8 +22,10 @@ REQUIREMENTS = ROOT / "requirements/vllm.txt"
 SITE = Path(__file__).with_name("site")
 
 # What a CPU needs beside the operator's flags, or instead of them (the last one counts): its attention has blocks of 32 only,
-# and bf16 sums differ with the batch. No kernel is compiled, and the KV has a fixed size.
+# and bf16 sums differ with the batch. No kernel is compiled, and the KV has a fixed size. Scheduling ahead of the running step hides
+# the scheduler's time behind a GPU; on a CPU the step runs within the call, and every token would be handed out one step late.
 CPU_FLAGS = (
+    "--no-async-scheduling",
     "--block-size",
     "32",
     "--dtype",
