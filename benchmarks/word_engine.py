@@ -5,7 +5,7 @@
 A seeded Llama in float32. `disaggworker profile` measures, over HTTP and apart from the pair that serves, the prefill of a worker while
 another one decodes, and its decode while the first prefills, for so the pair will share this machine. The link is what a bare ZeroMQ
 socket moves over loopback. At each of the shares of what the prefill worker can bear requests are served in several loads, the
-rates in turns, with a profile between every two loads; what was measured just before and just after a rate's loads is fitted as
+rates in turns, with a profile between every two loads; what was measured just before and just after a load is fitted as
 `disaggserve fit` does, and the very requests that were sent are simulated.
 """
 
@@ -26,7 +26,7 @@ import zmq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.word import DECODE, PREFILL, Row, fitted, judged, posed, profiled, taken, verdict
+from benchmarks.word import DECODE, PREFILL, Row, fitted, judged, opening, posed, profiled, taken, verdict
 from benchmarks.word_paced import SEED, served
 from disaggserve import catalogue, latency, simulate
 from e2e import load
@@ -74,9 +74,9 @@ async def measure(shares: Sequence[float], count: int, hidden: int, layers: int,
         )
         profile = functools.partial(profiled, first, second, folder)
         fit = functools.partial(fitted, engine="torch", model=model, folder=folder)
-        times = fit(await asyncio.to_thread(profile))
+        times = fit(await asyncio.to_thread(opening, profile))
 
-        asked = posed(times, link, (64, 512), (16, 64), 320, SEED)
+        asked = posed(times, link, (64, 512), (16, 64), 320, 1.25, SEED)
         promise = asked.promise
         # Memory for KV is taken as it is first used, at the cost of milliseconds a prompt: here all of it is used once.
         warm = [(0.05 * k, 512, 64) for k in range(40)]

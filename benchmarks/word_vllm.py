@@ -1,12 +1,12 @@
 """The simulator's word on a real vLLM: one prefill and one decode instance on this CPU, against the same requests simulated.
 
-    python -m benchmarks.word_vllm [--shares 0.25,0.4,0.5] [--requests 300] [--folder DIR]     # needs: make e2e-vllm
+    python -m benchmarks.word_vllm [--shares 0.15,0.25,0.35] [--requests 300] [--folder DIR]     # needs: make e2e-vllm
 
 A seeded Llama of 100M parameters in bfloat16 is served by two vLLM of one thread each behind our router. `disaggworker profile`
 measures the prefill of one over HTTP while the other decodes, and the decode of this one while the first prefills, for so they will
-share this machine. The link is what decode's own figures say of a few pulls. At each of the shares of what prefill can bear Poisson
+share this machine. The link is measured by a few hand-offs. At each of the shares of what prefill can bear Poisson
 requests go through the router in several loads, the rates in turns, with a profile between every two loads; what was measured just
-before and just after a rate's loads is fitted as `disaggserve fit` does, and the very requests that were sent are simulated.
+before and just after a load is fitted as `disaggserve fit` does, and the very requests that were sent are simulated.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,8 +34,8 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.word import DECODE, PREFILL, Row, fitted, judged, posed, profiled, taken, verdict
-from disaggserve import catalogue, latency, simulate
+from benchmarks.word import DECODE, PREFILL, Row, fitted, judged, opening, posed, profiled, taken, verdict
+from disaggserve import catalogue, engines, latency, simulate
 from disaggworker.router.app import serving
 from disaggworker.router.config import Config
 from disaggworker.router.fleet import Seen
@@ -50,6 +51,7 @@ PORT, CONTEXT, VOCABULARY = 8000, 1024, 700
 KV_BYTES, BATCH_TOKENS, BATCH_REQUESTS = 1 << 30, 2048, 16
 GRIDS = {"prefill": PREFILL, "decode": DECODE}
 START_S = 600.0
+STEPS = 1.5  # decode steps of 8 requests in the promised TPOT; 1.25 is a slow second of this machine
 SEED = 0
 BOUND = 0.05
 
@@ -136,16 +138,34 @@ def profile_of(role: str) -> list[str]:
     return ["--model", MODEL, "--url", f"http://{HOSTS[role]}:{PORT}/v1", *GRIDS[role]]
 
 
-def link_bytes_s(url: str) -> float:
-    """What decode's own figures say of a few hand-offs; the first of a pair, with its handshake, is among them and not counted."""
-    few = [(0.3 * k, 256, 4) for k in range(12)]
-    for part in (few[:2], few):
-        before = _moved()
-        done = asyncio.run(load.run_load(url, MODEL, part, vocab=VOCABULARY, seed=len(part)))
-        if any(r.error for r in done):
-            raise SystemExit(f"a request failed: {next(r.error for r in done if r.error)}")
+def link(url: str) -> tuple[float, float]:
+    """Bandwidth, bytes/s: what decode's own figures say of a few hand-offs. Latency, s: what a hand-off takes beside its bytes, which
+    is how much later than prefill alone would answer the first token is there, less a decode step; the median of turns.
+    """
+    asyncio.run(_alone_and_handed(url, 2))  # the first one of a pair shakes hands
+    before = _moved()
+    alone, handed = asyncio.run(_alone_and_handed(url, 20))
     size, seconds = (after - b for after, b in zip(_moved(), before, strict=True))
-    return size / seconds
+    more_s = statistics.median(
+        r.ttft_s - r.tpot_s - plain.ttft_s for plain, r in zip(alone, handed, strict=True)
+    )
+    return size / seconds, max(0.0, more_s - seconds / len(handed))
+
+
+async def _alone_and_handed(url: str, count: int) -> tuple[list[load.Result], list[load.Result]]:
+    """So many requests to prefill alone, and as many through the router, in turns and one at a time."""
+    apart_s = 0.6
+
+    async def of(url: str, begin_s: float, output: int) -> list[load.Result]:
+        requests = [(begin_s + 2 * apart_s * k, 256, output) for k in range(count)]
+        done = await load.run_load(url, MODEL, requests, vocab=VOCABULARY, seed=count + output)
+        if error := next((r.error for r in done if r.error), None):
+            raise SystemExit(f"a request failed: {error}")
+        return done
+
+    prefill = f"http://{HOSTS['prefill']}:{PORT}"
+    alone, handed = await asyncio.gather(of(prefill, 0.0, 1), of(url, apart_s, 4))
+    return alone, handed
 
 
 def _moved() -> tuple[float, float]:
@@ -164,11 +184,12 @@ def measure(weights: Path, folder: Path, url: str, count: int, shares: Sequence[
     model = catalogue.model_from_config(MODEL, json.loads((weights / "config.json").read_text()))
     profile = functools.partial(profiled, profile_of("prefill"), profile_of("decode"), folder)
     fit = functools.partial(fitted, engine="vllm", model=model, folder=folder)
-    times = fit(profile())
+    times = fit(opening(profile))
     kv_bytes = model.kv_bytes_per_token()
-    link = link_bytes_s(url)
+    bytes_s, latency_s = link(url)
+    print(f"a hand-off takes {latency_s * 1e3:.0f} ms beside its bytes")
 
-    asked = posed(times, link, (32, 512), (16, 48), 300, SEED)
+    asked = posed(times, bytes_s, (32, 512), (16, 48), 300, STEPS, SEED)
 
     async def load_of(requests: Sequence[load.Wanted], number: int) -> Sequence[load.Result]:
         return await load.run_load(url, MODEL, requests, vocab=VOCABULARY, seed=SEED + number)
@@ -178,14 +199,19 @@ def measure(weights: Path, folder: Path, url: str, count: int, shares: Sequence[
     def deployment(times: latency.StepTimes) -> simulate.Deployment:
         blocks = KV_BYTES // (16 * kv_bytes)
         pool = simulate.Pool(1, times, blocks, BATCH_TOKENS, batch_requests=BATCH_REQUESTS)
-        return simulate.Deployment((pool,), (pool,), kv_bytes, link, first_token_from="decode")
+        first, transfer = engines.VLLM.first_token_from, engines.VLLM.transfer
+        return simulate.Deployment(
+            (pool,), (pool,), kv_bytes, bytes_s, latency_s, first_token_from=first, transfer=transfer
+        )
 
     return judged(sent, fit, deployment, asked.promise, folder)
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description="Served against simulated attainment on a real vLLM.")
-    p.add_argument("--shares", default="0.25,0.4,0.5", help="of the rate that prefill can bear, with commas")
+    p.add_argument(
+        "--shares", default="0.15,0.25,0.35", help="of the rate that prefill can bear, with commas"
+    )
     p.add_argument("--requests", type=int, default=300, help="of each rate")
     p.add_argument("--folder", type=Path, help="where measurements and profile stay; left out: nowhere")
     a = p.parse_args()
@@ -196,8 +222,9 @@ def main() -> int:
         folder = (a.folder or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         weights = make_tiny(MODEL, Path(scratch) / "model", **SHAPE)
+        shares = [float(s) for s in a.shares.split(",")]
         with servers(weights, Path(scratch)), router() as url:
-            rows = measure(weights, folder, url, a.requests, [float(s) for s in a.shares.split(",")])
+            rows = measure(weights, folder, url, a.requests, shares)
     return verdict(rows, BOUND)
 
 

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PREFILL = ["--batches", "1", "--prompts", "67,131,237,359,509", "--contexts", "64", "--repeat", "4"]
 DECODE = ["--batches", "1,2,4,8", "--prompts", "67", "--contexts", "101,331", "--repeat", "1"]
 PARTS = 5  # loads of each rate
+_OPENING = 3  # profiles before the first load
 _IDLE_S = 10.0  # between two of them, in the trace that is simulated
 LATE_BOUND = 0.01  # of the steps of a paced worker
 # Bounds every measured step from below, and no CPU comes near: a profile is of a model and a GPU of the catalogue.
@@ -102,26 +103,32 @@ def posed(
     prompts: tuple[int, int],
     answers: tuple[int, int],
     context: int,
+    steps: float,
     seed: int,
 ) -> Posed:
     """Lengths drawn evenly from `prompts` and `answers` (tokens, the last one included) and a promise by step times, both printed:
-    four prompts' time, and 1.25 decode steps of 8 requests with `context` tokens each. `link`: bytes/s."""
+    four prompts' time, and `steps` decode steps of 8 requests with `context` tokens each. `link`: bytes/s."""
     rng = np.random.default_rng(seed)
     pair = (rng.integers(least, most + 1, 1000).astype(np.int32) for least, most in (prompts, answers))
     lengths = Lengths("{} to {} in, {} to {} out".format(*prompts, *answers), *pair)
     one_s = float(np.mean([times.prefill_stage_s([int(n)]) for n in lengths.input]))
-    promise = simulate.Promise(4 * one_s, 1.25 * times.decode_stage_s(8, 8 * context), 0.9)
+    promise = simulate.Promise(4 * one_s, steps * times.decode_stage_s(8, 8 * context), 0.9)
     print(
         f"1 prefill + 1 decode, {lengths.name}: a prompt takes {one_s * 1e3:.0f} ms on average, a decode step of 8 at {context} "
-        f"tokens {promise.tpot_s / 1.25 * 1e3:.0f} ms; link {link / 1e9:.2f} GB/s\n"
-        f"promise: TTFT {promise.ttft_s * 1e3:.0f} ms (4 prompts' time), TPOT {promise.tpot_s * 1e3:.0f} ms (1.25 such steps)"
+        f"tokens {promise.tpot_s / steps * 1e3:.0f} ms; link {link / 1e9:.2f} GB/s\n"
+        f"promise: TTFT {promise.ttft_s * 1e3:.0f} ms (4 prompts' time), TPOT {promise.tpot_s * 1e3:.0f} ms ({steps:g} such steps)"
     )
     return Posed(lengths, one_s, promise)
 
 
+def opening(profile: Callable[[], Sequence[measurements.Row]]) -> list[measurements.Row]:
+    """What rates and promise go by: a few profiles, for one alone may fall into a slow minute of the machine."""
+    return [row for _ in range(_OPENING) for row in profile()]
+
+
 def drawn(rate: float, count: int, lengths: Lengths, spare_s: float, seed: int) -> list[load.Wanted]:
-    """So many Poisson requests at `rate` req/s; they are drawn over `spare_s` more than that takes, so that none is missing."""
-    found = Workload(rate, 1.0, lengths).requests(1.2 * count / rate + spare_s, seed)
+    """So many Poisson requests at `rate` req/s; they are drawn over twice the time that they take and `spare_s`, so that none is missing."""
+    found = Workload(rate, 1.0, lengths).requests(2 * count / rate + spare_s, seed)
     rows = zip(found.arrival_ns, found.input, found.output, strict=True)
     return [(int(at) / 1e9, int(i), int(o)) for at, i, o in rows][:count]
 
@@ -166,31 +173,37 @@ def fitted(
     profile = latency.Profile.of(document.model_dump(mode="json", exclude_none=True), model.id)
     profile.dump(folder / "profile.json")
     (fit,) = document.fits
-    for phase, evidence in (("prefill", fit.prefill.evidence), ("decode", fit.decode.evidence)):
-        off = evidence.residuals
-        print(
-            f"{phase}: {evidence.rows} rows, form {evidence.form}, off by {off.median:.1%} (median), "
-            f"{off.p90:.1%} (p90), {off.max:.1%} (most)"
-        )
+    said = (
+        f"{phase}: {evidence.rows} rows, off by {evidence.residuals.median:.1%} (median), {evidence.residuals.max:.1%} (most)"
+        for phase, evidence in (("prefill", fit.prefill.evidence), ("decode", fit.decode.evidence))
+    )
+    print("; ".join(said), file=sys.stderr)
     return latency.step_times(model, GPU, 1, 1, profile)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What became of it, and what was measured just before and just after it."""
+
+    results: Sequence[load.Result]
+    measured: Sequence[measurements.Row]
+
+
+@dataclasses.dataclass(frozen=True)
 class Sent:
-    """Loads at `share` of what prefill can bear: what became of them, and what was measured just before and just after each."""
+    """Loads at `share` of what prefill can bear."""
 
     share: float
     rate: float  # req/s
-    loads: list[Sequence[load.Result]] = dataclasses.field(default_factory=list)
-    measured: list[measurements.Row] = dataclasses.field(default_factory=list)
+    loads: list[Load] = dataclasses.field(default_factory=list)
 
     def joined(self) -> list[load.Result]:
         """One load after another, each into an idle deployment."""
         found: list[load.Result] = []
         begins_s = 0.0
-        for results in self.loads:
-            found += [dataclasses.replace(r, arrival_s=begins_s + r.arrival_s) for r in results]
-            ends_s = max(r.arrival_s + r.ttft_s + r.tpot_s * r.output_tokens for r in results)
+        for one in self.loads:
+            found += [dataclasses.replace(r, arrival_s=begins_s + r.arrival_s) for r in one.results]
+            ends_s = max(r.arrival_s + r.ttft_s + r.tpot_s * r.output_tokens for r in one.results)
             begins_s += ends_s + _IDLE_S
         return found
 
@@ -209,11 +222,9 @@ async def taken(
     before = await asyncio.to_thread(profile)
     for number, (part, one) in enumerate(itertools.product(range(PARTS), sent)):
         some = count * (part + 1) // PARTS - count * part // PARTS
-        one.loads.append(
-            await load_of(drawn(one.rate, some, asked.lengths, 10 * asked.one_s, number), number)
-        )
+        results = await load_of(drawn(one.rate, some, asked.lengths, 10 * asked.one_s, number), number)
         after = await asyncio.to_thread(profile)
-        one.measured += [*before, *after]
+        one.loads.append(Load(results, [*before, *after]))
         before = after
         print(f"load {number + 1} of {PARTS * len(sent)}: {one.share:.0%} of prefill", file=sys.stderr)
     return sent
@@ -227,15 +238,24 @@ def judged(
     folder: Path,
 ) -> list[Row]:
     """The row of each rate."""
-    return [compared(one, deployment(fit(one.measured)), promise, folder) for one in sent]
+    return [
+        compared(one, [deployment(fit(each.measured)) for each in one.loads], promise, folder) for one in sent
+    ]
 
 
-def compared(sent: Sent, deployment: simulate.Deployment, promise: simulate.Promise, folder: Path) -> Row:
-    """What was served at a rate, and what is simulated of what was sent."""
+def compared(
+    sent: Sent, deployments: Sequence[simulate.Deployment], promise: simulate.Promise, folder: Path
+) -> Row:
+    """What was served at a rate, and what is simulated of what was sent: each load on the deployment as it was measured then."""
     trace, results = folder / f"sent-{sent.share:g}.csv", sent.joined()
     load.write_csv(results, trace)
     requests = read_trace(trace)
-    found = simulate.judge(requests, simulate.run(deployment, requests), promise)
+    ends = np.cumsum([len(one.results) for one in sent.loads])
+    outcomes = [
+        simulate.run(deployment, requests.take(slice(int(end) - len(one.results), int(end))))
+        for one, deployment, end in zip(sent.loads, deployments, ends, strict=True)
+    ]
+    found = simulate.judge(requests, simulate.one_after_another(outcomes), promise)
     said = {
         "attainment": found.attainment,
         "ttft": dict(zip(("p50", "p90", "p99"), found.ttft, strict=True)),
