@@ -164,8 +164,7 @@ async def _alone_and_handed(url: str, count: int) -> tuple[list[load.Result], li
         return done
 
     prefill = f"http://{HOSTS['prefill']}:{PORT}"
-    alone, handed = await asyncio.gather(of(prefill, 0.0, 1), of(url, apart_s, 4))
-    return alone, handed
+    return await asyncio.gather(of(prefill, 0.0, 1), of(url, apart_s, 4))
 
 
 def _moved() -> tuple[float, float]:
@@ -199,9 +198,14 @@ def measure(weights: Path, folder: Path, url: str, count: int, shares: Sequence[
     def deployment(times: latency.StepTimes) -> simulate.Deployment:
         blocks = KV_BYTES // (16 * kv_bytes)
         pool = simulate.Pool(1, times, blocks, BATCH_TOKENS, batch_requests=BATCH_REQUESTS)
-        first, transfer = engines.VLLM.first_token_from, engines.VLLM.transfer
         return simulate.Deployment(
-            (pool,), (pool,), kv_bytes, bytes_s, latency_s, first_token_from=first, transfer=transfer
+            (pool,),
+            (pool,),
+            kv_bytes,
+            bytes_s,
+            latency_s,
+            first_token_from=engines.VLLM.first_token_from,
+            transfer=engines.VLLM.transfer,
         )
 
     return judged(sent, fit, deployment, asked.promise, folder)

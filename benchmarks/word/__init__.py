@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # attention are faster at powers of two than at what lies beside them.
 PREFILL = ["--batches", "1", "--prompts", "67,131,237,359,509", "--contexts", "64", "--repeat", "4"]
 DECODE = ["--batches", "1,2,4,8", "--prompts", "67", "--contexts", "101,331", "--repeat", "1"]
-PARTS = 5  # loads of each rate
 _OPENING = 3  # profiles before the first load
-_IDLE_S = 10.0  # between two of them, in the trace that is simulated
+PARTS = 5  # loads of each rate
+_IDLE_S = 10.0  # between two of them, in the trace that is kept
 LATE_BOUND = 0.01  # of the steps of a paced worker
 # Bounds every measured step from below, and no CPU comes near: a profile is of a model and a GPU of the catalogue.
 GPU = catalogue.gpu("NVIDIA-A100-SXM4-80GB")

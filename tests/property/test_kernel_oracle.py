@@ -6,7 +6,6 @@ With NUMBA_DISABLE_JIT=1 the kernel runs as plain Python, which is how to look i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -62,15 +61,11 @@ def some(least: int = 1) -> st.SearchStrategy[tuple[simulate.Pool, ...]]:
 @st.composite
 def deployments(draw: st.DrawFn) -> simulate.Deployment:
     kind = draw(st.sampled_from(["apart", "colocated", "mixed"]))
-    pull: dict[str, Any] = draw(st.sampled_from([{}, {"transfer": "step"}]))
+    habits: list[dict[str, Any]] = [{}, {"transfer": "step"}]
     if kind != "mixed":
-        habits: Sequence[dict[str, Any]] = (
-            {},
-            {"handoff": "push"},
-            {"transfer": "step"},
-            {"transfer": "inline", "pull_below": draw(st.sampled_from([0.05, 0.5, 1.0]))},
-        )
-        pull = draw(st.sampled_from(habits))
+        inline = {"transfer": "inline", "pull_below": draw(st.sampled_from([0.05, 0.5, 1.0]))}
+        habits += [{"handoff": "push"}, inline]
+    pull = draw(st.sampled_from(habits))
     return simulate.Deployment(
         prefill=draw(some(1 if kind == "apart" else 0)) if kind != "colocated" else (),
         decode=draw(some(1 if kind == "apart" else 0)) if kind != "colocated" else (),
