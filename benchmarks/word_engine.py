@@ -2,11 +2,11 @@
 
     python -m benchmarks.word_engine [--shares 0.25,0.4,0.5] [--requests 300] [--hidden 512 --layers 8] [--folder DIR]
 
-A seeded Llama in float32. `disaggworker profile` measures, over HTTP and apart from the pair that serves, the prefill of a worker while
-another one decodes, and its decode while the first prefills, for so the pair will share this machine. The link is what a bare ZeroMQ
-socket moves over loopback. At each of the shares of what the prefill worker can bear requests are served in several loads, the
-rates in turns, with a profile between every two loads; what was measured just before and just after a load is fitted as
-`disaggserve fit` does, and the very requests that were sent are simulated.
+A seeded Llama in float32. What `disaggworker profile` measures over HTTP is measured of two workers at once, apart from the pair that
+serves: prefill of one while the other decodes, for so the pair will share this machine. The link is what a bare ZeroMQ socket moves
+over loopback. At each of the shares of what the prefill worker can bear requests are served in several loads, the rates in turns, with a
+profile between every two loads. All profiles are fitted as `disaggserve fit` does, and the very requests that were sent are simulated,
+each load at the speeds that the machine had just before and just after it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import zmq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.word import DECODE, PREFILL, Row, fitted, judged, opening, posed, profiled, taken, verdict
+from benchmarks.word import Row, fitted, judged, opening, posed, profiled, taken, verdict
 from benchmarks.word_paced import SEED, served
 from disaggserve import catalogue, latency, simulate
 from e2e import load
@@ -37,6 +37,7 @@ MODEL = "llama"
 HEAD_DIM = 64
 BATCH_TOKENS = 512  # of a worker that is not paced
 CONTEXT, BLOCKS = 1024, 1200
+PROMPTS = (64, 512)  # tokens, shortest and longest
 BOUND = 0.05
 
 
@@ -68,15 +69,11 @@ async def measure(shares: Sequence[float], count: int, hidden: int, layers: int,
         DataPlane(forks, folder / "profiled", MODEL, weights, *flags, context_length=CONTEXT) as apart,
     ):
         both = await asyncio.gather(apart.worker("mixed"), apart.worker("mixed"))
-        first, second = (
-            ["--model", MODEL, "--url", f"{worker.url}/v1", *grid]
-            for worker, grid in zip(both, (PREFILL, DECODE), strict=True)
-        )
-        profile = functools.partial(profiled, first, second, folder)
+        profile = functools.partial(profiled, MODEL, PROMPTS, *(f"{worker.url}/v1" for worker in both))
         fit = functools.partial(fitted, engine="torch", model=model, folder=folder)
         times = fit(await asyncio.to_thread(opening, profile))
 
-        asked = posed(times, link, (64, 512), (16, 64), 320, 1.25, SEED)
+        asked = posed(times, link, PROMPTS, (16, 64), 320, 1.25, SEED)
         promise = asked.promise
         # Memory for KV is taken as it is first used, at the cost of milliseconds a prompt: here all of it is used once.
         warm = [(0.05 * k, 512, 64) for k in range(40)]

@@ -1,12 +1,13 @@
 """The simulator's word on a real vLLM: one prefill and one decode instance on this CPU, against the same requests simulated.
 
-    python -m benchmarks.word_vllm [--shares 0.15,0.25,0.35] [--requests 300] [--folder DIR]     # needs: make e2e-vllm
+    python -m benchmarks.word_vllm [--shares 0.15,0.25,0.35] [--requests 200] [--folder DIR]     # needs: make e2e-vllm
 
-A seeded Llama of 100M parameters in bfloat16 is served by two vLLM of one thread each behind our router. `disaggworker profile`
-measures the prefill of one over HTTP while the other decodes, and the decode of this one while the first prefills, for so they will
-share this machine. The link is measured by a few hand-offs. At each of the shares of what prefill can bear Poisson
-requests go through the router in several loads, the rates in turns, with a profile between every two loads; what was measured just
-before and just after a load is fitted as `disaggserve fit` does, and the very requests that were sent are simulated.
+A seeded Llama of 100M parameters in bfloat16 is served by two vLLM of one thread each, each on a core of its own, as the kubelet's
+static policy gives one to a pod, behind our router. What `disaggworker profile` measures over HTTP is measured of both at once, prefill
+of one while the other decodes, for so they share this machine. The link is measured by a few hand-offs. At each of the shares of what
+prefill can bear Poisson requests go through the router in several loads, the rates in turns, with a profile between every two loads. All
+profiles are fitted as `disaggserve fit` does, and the very requests that were sent are simulated, each load at the speeds that
+the machine had just before and just after it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.word import DECODE, PREFILL, Row, fitted, judged, opening, posed, profiled, taken, verdict
+from benchmarks.word import Row, fitted, judged, opening, posed, profiled, taken, verdict
 from disaggserve import catalogue, engines, latency, simulate
 from disaggworker.router.app import serving
 from disaggworker.router.config import Config
@@ -49,10 +50,10 @@ HOSTS = {"prefill": "127.0.91.1", "decode": "127.0.91.2"}
 ROUTER = "127.0.91.3"
 PORT, CONTEXT, VOCABULARY = 8000, 1024, 700
 KV_BYTES, BATCH_TOKENS, BATCH_REQUESTS = 1 << 30, 2048, 16
-GRIDS = {"prefill": PREFILL, "decode": DECODE}
 START_S = 600.0
 STEPS = 1.5  # decode steps of 8 requests in the promised TPOT; 1.25 is a slow second of this machine
 SEED = 0
+PROMPTS = (32, 512)  # tokens, shortest and longest
 BOUND = 0.05
 
 
@@ -62,8 +63,18 @@ def servers(weights: Path, folder: Path) -> Iterator[None]:
     transfer = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_load_failure_policy": "fail"}
     running = []
     try:
-        for host in HOSTS.values():
-            argv = [*environment.command(), "serve", str(weights), "--served-model-name", MODEL]
+        cores = sorted(os.sched_getaffinity(0))
+        for host, core in zip(HOSTS.values(), cores[: len(HOSTS)], strict=True):
+            argv = [
+                "taskset",
+                "--cpu-list",
+                str(core),
+                *environment.command(),
+                "serve",
+                str(weights),
+                "--served-model-name",
+                MODEL,
+            ]
             argv += ["--max-model-len", str(CONTEXT), "--host", host, "--port", str(PORT)]
             argv += [
                 "--kv-transfer-config",
@@ -133,11 +144,6 @@ def _route(pipe: Connection) -> None:
     uvloop.run(serve())
 
 
-def profile_of(role: str) -> list[str]:
-    """The profile of that server."""
-    return ["--model", MODEL, "--url", f"http://{HOSTS[role]}:{PORT}/v1", *GRIDS[role]]
-
-
 def link(url: str) -> tuple[float, float]:
     """Bandwidth, bytes/s: what decode's own figures say of a few hand-offs. Latency, s: what a hand-off takes beside its bytes, which
     is how much later than prefill alone would answer the first token is there, less a decode step; the median of turns.
@@ -181,14 +187,16 @@ def _moved() -> tuple[float, float]:
 
 def measure(weights: Path, folder: Path, url: str, count: int, shares: Sequence[float]) -> list[Row]:
     model = catalogue.model_from_config(MODEL, json.loads((weights / "config.json").read_text()))
-    profile = functools.partial(profiled, profile_of("prefill"), profile_of("decode"), folder)
+    profile = functools.partial(
+        profiled, MODEL, PROMPTS, *(f"http://{host}:{PORT}/v1" for host in HOSTS.values())
+    )
     fit = functools.partial(fitted, engine="vllm", model=model, folder=folder)
     times = fit(opening(profile))
     kv_bytes = model.kv_bytes_per_token()
     bytes_s, latency_s = link(url)
     print(f"a hand-off takes {latency_s * 1e3:.0f} ms beside its bytes")
 
-    asked = posed(times, bytes_s, (32, 512), (16, 48), 300, STEPS, SEED)
+    asked = posed(times, bytes_s, PROMPTS, (16, 48), 300, STEPS, SEED)
 
     async def load_of(requests: Sequence[load.Wanted], number: int) -> Sequence[load.Result]:
         return await load.run_load(url, MODEL, requests, vocab=VOCABULARY, seed=SEED + number)
@@ -216,7 +224,7 @@ def main() -> int:
     p.add_argument(
         "--shares", default="0.15,0.25,0.35", help="of the rate that prefill can bear, with commas"
     )
-    p.add_argument("--requests", type=int, default=300, help="of each rate")
+    p.add_argument("--requests", type=int, default=200, help="of each rate")
     p.add_argument("--folder", type=Path, help="where measurements and profile stay; left out: nowhere")
     a = p.parse_args()
     if not environment.made():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import os
+import random
 import statistics
-import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ import numpy as np
 from disaggserve import catalogue, latency, simulate
 from disaggserve.latency import fitting, measurements
 from disaggserve.workload import Lengths, Workload, read_trace
+from disaggworker.profiling.grid import Cell
+from disaggworker.profiling.grid import table as rows_of
+from disaggworker.profiling.over_http import OverHTTP
 from e2e import load
 
-ROOT = Path(__file__).resolve().parents[2]
-# What `disaggworker profile` measures over HTTP, short: it is measured often. Lengths as traffic has them: multiplications and
-# attention are faster at powers of two than at what lies beside them.
-PREFILL = ["--batches", "1", "--prompts", "67,131,237,359,509", "--contexts", "64", "--repeat", "4"]
-DECODE = ["--batches", "1,2,4,8", "--prompts", "67", "--contexts", "101,331", "--repeat", "1"]
-_OPENING = 3  # profiles before the first load
-PARTS = 5  # loads of each rate
+# What is measured over HTTP, as `disaggworker profile` does, some seconds of it: it is measured often.
+PREFILLS = 5  # prompts, at least
+DECODE = tuple(Cell("decode", *both) for both in ((1, 101), (4, 101), (8, 101), (2, 331), (4, 331)))
+SPEEDS = {"prefill": 6, "decode": 4}  # of a core, at which each load is simulated
+_OPENING = 5  # profiles before the first load
+PARTS = 10  # loads of each rate
 _IDLE_S = 10.0  # between two of them, in the trace that is kept
 LATE_BOUND = 0.01  # of the steps of a paced worker
 # Bounds every measured step from below, and no CPU comes near: a profile is of a model and a GPU of the catalogue.
@@ -133,28 +136,42 @@ def drawn(rate: float, count: int, lengths: Lengths, spare_s: float, seed: int) 
     return [(int(at) / 1e9, int(i), int(o)) for at, i, o in rows][:count]
 
 
-def profiled(prefill: Sequence[str], decode: Sequence[str], folder: Path) -> list[measurements.Row]:
-    """Prefill's rows of `disaggworker profile` with the arguments `prefill` while another decodes, and decode's with the
-    arguments `decode` while another prefills: so two workers will share this machine."""
-    found = []
-    for phase, mine, beside in (("prefill", prefill, decode), ("decode", decode, prefill)):
-        rows = _beside(mine, beside, folder / f"measurements-{phase}.csv")
-        found += [row for row in rows if row.phase == phase]
-    return found
+def profiled(model: str, prompts: tuple[int, int], prefill: str, decode: str) -> list[measurements.Row]:
+    """What the server at `prefill` needs for its steps while the one at `decode` does its own, and the other way round, for so they
+    share this machine; addresses that end in /v1. Both go on until each has been through once.
+
+    `prompts`: shortest and longest that will be served. Each is of another length, as in traffic: one that comes again is faster.
+    """
+    one_by_one = (Cell("prefill", 1, random.randint(*prompts)) for _ in itertools.count())
+    first, second = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(2) as threads:
+        parts = (
+            threads.submit(_profiled, model, prefill, one_by_one, PREFILLS, first, second),
+            threads.submit(_profiled, model, decode, itertools.cycle(DECODE), len(DECODE), second, first),
+        )
+        return [row for part in parts for row in part.result()]
 
 
-def _beside(mine: Sequence[str], other: Sequence[str], csv: Path) -> tuple[measurements.Row, ...]:
-    program = [sys.executable, "-m", "disaggworker", "profile"]
-    path = os.pathsep.join(str(ROOT / part) for part in ("operator", "worker_image"))
-    env = os.environ | {"PYTHONPATH": path}
-    endless = [*program, *other, "--repeat", "100000", "-o", os.devnull]
-    beside = subprocess.Popen(endless, env=env, stdout=subprocess.DEVNULL)
+def _profiled(
+    model: str,
+    url: str,
+    cells: Iterable[Cell],
+    least: int,
+    mine: threading.Event,
+    other: threading.Event,
+) -> list[measurements.Row]:
+    found: list[measurements.Row] = []
     try:
-        subprocess.run([*program, *mine, "-o", str(csv)], check=True, env=env, stdout=sys.stderr)
+        with OverHTTP(url, model, 0) as door:
+            for cell in cells:
+                found += measurements.read(rows_of({cell: door.time(cell)}, 1, 1), url)
+                if len(found) >= least:
+                    mine.set()
+                    if other.is_set():
+                        break
     finally:
-        beside.terminate()
-        beside.wait()
-    return measurements.read(csv.read_text(), csv.name)
+        mine.set()  # the other one must not wait for who failed
+    return found
 
 
 def fitted(
@@ -179,6 +196,40 @@ def fitted(
     )
     print("; ".join(said), file=sys.stderr)
     return latency.step_times(model, GPU, 1, 1, profile)
+
+
+def as_fast(times: latency.StepTimes, near: Sequence[measurements.Row]) -> list[latency.StepTimes]:
+    """These step times at every speed that the machine had in the rows `near`: `SPEEDS`' so many of prefill by so many of decode, for
+    the two are on different cores, each of which stands for as much time as the others.
+
+    A core takes up to 1.8 times as long for some seconds, longer than a request, and the mean of both speeds says too little of queues.
+    By time and not by rows: of those, measured one after another, there are more in a fast second, while requests come at any time.
+    """
+
+    def slower(phase: measurements.Phase) -> list[float]:
+        rows = sorted((row.seconds / _said(times, row), row.seconds) for row in near if row.phase == phase)
+        factors, seconds = map(np.asarray, zip(*rows, strict=True))
+        until = np.cumsum(seconds) / seconds.sum()
+        shares = (np.arange(SPEEDS[phase]) + 0.5) / SPEEDS[phase]
+        return list(factors[np.searchsorted(until, shares)])
+
+    return [
+        dataclasses.replace(
+            times,
+            prefill_knots_ns=times.prefill_knots_ns * prefill,
+            prefill_quad_ns=times.prefill_quad_ns * prefill,
+            decode_base_ns=times.decode_base_ns * decode,
+            decode_ctx_ns=times.decode_ctx_ns * decode,
+        )
+        for prefill, decode in itertools.product(slower("prefill"), slower("decode"))
+    ]
+
+
+def _said(times: latency.StepTimes, row: measurements.Row) -> float:
+    """Seconds of that step, of single prompts."""
+    if row.phase == "prefill":
+        return times.prefill_stage_s([row.tokens])
+    return times.decode_stage_s(row.batch, row.context_tokens + row.batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,25 +288,35 @@ def judged(
     promise: simulate.Promise,
     folder: Path,
 ) -> list[Row]:
-    """The row of each rate."""
+    """The row of each rate: each load on deployments whose steps are those of all profiles together, as fast as the machine was in
+    the two beside this load."""
+    times = fit([row for one in sent for each in one.loads for row in each.measured])
     return [
-        compared(one, [deployment(fit(each.measured)) for each in one.loads], promise, folder) for one in sent
+        compared(
+            one,
+            [[deployment(steps) for steps in as_fast(times, each.measured)] for each in one.loads],
+            promise,
+            folder,
+        )
+        for one in sent
     ]
 
 
 def compared(
-    sent: Sent, deployments: Sequence[simulate.Deployment], promise: simulate.Promise, folder: Path
+    sent: Sent, deployments: Sequence[Sequence[simulate.Deployment]], promise: simulate.Promise, folder: Path
 ) -> Row:
-    """What was served at a rate, and what is simulated of what was sent: each load on the deployment as it was measured then."""
+    """What was served at a rate, and what is simulated of what was sent: each load on the deployment at each of its speeds."""
     trace, results = folder / f"sent-{sent.share:g}.csv", sent.joined()
     load.write_csv(results, trace)
     requests = read_trace(trace)
-    ends = np.cumsum([len(one.results) for one in sent.loads])
-    outcomes = [
-        simulate.run(deployment, requests.take(slice(int(end) - len(one.results), int(end))))
-        for one, deployment, end in zip(sent.loads, deployments, ends, strict=True)
-    ]
-    found = simulate.judge(requests, simulate.one_after_another(outcomes), promise)
+    of_load = np.split(np.arange(len(results)), np.cumsum([len(one.results) for one in sent.loads])[:-1])
+    runs = [(rows, one) for rows, all_speeds in zip(of_load, deployments, strict=True) for one in all_speeds]
+    outcomes = [simulate.run(one, requests.take(rows)) for rows, one in runs]
+    found = simulate.judge(
+        requests.take(np.concatenate([rows for rows, _ in runs])),
+        simulate.one_after_another(outcomes),
+        promise,
+    )
     said = {
         "attainment": found.attainment,
         "ttft": dict(zip(("p50", "p90", "p99"), found.ttft, strict=True)),

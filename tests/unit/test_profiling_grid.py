@@ -42,14 +42,22 @@ def test_a_grid_holds_what_the_context_and_the_longest_prompt_allow() -> None:
 
 
 def test_the_first_pass_does_not_count_and_means_are_taken_over_passes() -> None:
-    a, b = Cell("prefill", 1, 4), Cell("decode", 2, 4)
-    door = Clockwork({a: [90.0, 1.0, 6.0, 2.0], b: [90.0, 3.0]})
+    prompts, b = [Cell("prefill", 1, n) for n in (40, 39, 38, 37)], Cell("decode", 2, 4)
+    passes = zip(prompts, [90.0, 1.0, 6.0, 2.0], strict=True)
+    door = Clockwork({**{cell: [seconds] for cell, seconds in passes}, b: [90.0, 3.0]})
     turns: list[None] = []
-    measured, said = grid.measure(door, [a, b], 3, lambda: turns.append(None))
-    assert measured == {a: Timing(3.0, 7)}
+    measured, said = grid.measure(door, [prompts[0], b], 3, lambda: turns.append(None))
+    assert measured == {Cell("prefill", 1, 38): Timing(3.0, 7)}
     assert said == ["decode of 2 contexts of 4 tokens: it is used up"]
-    assert door.order == [a, b, a, b, a, b, a]
+    assert door.order == [prompts[0], b, prompts[1], b, prompts[2], b, prompts[3]]
     assert len(turns) == len(door.order)
+
+
+def test_no_prompt_length_comes_twice_and_none_is_empty() -> None:
+    door = Clockwork({Cell("prefill", 1, n): [1.0, 1.0, 1.0] for n in (1, 2, 3)})
+    measured, _ = grid.measure(door, [Cell("prefill", 1, 3)], 4, lambda: None)
+    assert [cell.length for cell in door.order] == [3, 2, 1, 1, 1]
+    assert measured == {Cell("prefill", 1, 1): Timing(1.0, 7)}
 
 
 def test_rows_are_what_fit_reads() -> None:
