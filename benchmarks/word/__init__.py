@@ -29,7 +29,7 @@ PREFILLS = 5  # prompts, at least
 DECODE = tuple(Cell("decode", *both) for both in ((1, 101), (4, 101), (8, 101), (2, 331), (4, 331)))
 SPEEDS = {"prefill": 6, "decode": 4}  # of a core, at which each load is simulated
 _OPENING = 5  # profiles before the first load
-PARTS = 10  # loads of each rate
+PARTS = 15  # loads of each rate
 _IDLE_S = 10.0  # between two of them, in the trace that is kept
 LATE_BOUND = 0.01  # of the steps of a paced worker
 # Bounds every measured step from below, and no CPU comes near: a profile is of a model and a GPU of the catalogue.

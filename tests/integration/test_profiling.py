@@ -106,7 +106,8 @@ def test_a_paced_pair_behind_a_router_shows_its_pace_over_http(
     rows, _ = fitted(csv, profile)
     truth = latency.step_times(catalogue.model(MODEL), A100, 1, 1)
     assert [(r.batch, r.tokens) for r in rows if r.phase == "prefill"] == [
-        (1, n - 2) for n in (64, 128, 256, 512)  # of passes a token and two shorter
+        (1, n - 2)
+        for n in (64, 128, 256, 512)  # of passes a token and two shorter
     ]
     decode = [r for r in rows if r.phase == "decode"]
     assert sorted((r.batch, r.context_tokens // r.batch // 256) for r in decode) == [
