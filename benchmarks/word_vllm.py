@@ -146,25 +146,30 @@ def _route(pipe: Connection) -> None:
 
 def link(url: str) -> tuple[float, float]:
     """Bandwidth, bytes/s: what decode's own figures say of a few hand-offs. Latency, s: what a hand-off takes beside its bytes, which
-    is how much later than prefill alone would answer the first token is there, less a decode step; the median of turns.
+    is how much later than prefill alone would answer the first token is there, less a decode step; the median of turns with short
+    prompts, whose own times do not hide it.
     """
-    asyncio.run(_alone_and_handed(url, 2))  # the first one of a pair shakes hands
+    asyncio.run(_alone_and_handed(url, 2, 256))  # the first one of a pair shakes hands
     before = _moved()
-    alone, handed = asyncio.run(_alone_and_handed(url, 20))
+    asyncio.run(_alone_and_handed(url, 10, 256))
     size, seconds = (after - b for after, b in zip(_moved(), before, strict=True))
+    bytes_s = size / seconds
+    before = _moved()
+    alone, handed = asyncio.run(_alone_and_handed(url, 40, 32))
+    _, seconds = (after - b for after, b in zip(_moved(), before, strict=True))
     more_s = statistics.median(
         r.ttft_s - r.tpot_s - plain.ttft_s for plain, r in zip(alone, handed, strict=True)
     )
-    return size / seconds, max(0.0, more_s - seconds / len(handed))
+    return bytes_s, max(0.0, more_s - seconds / len(handed))
 
 
-async def _alone_and_handed(url: str, count: int) -> tuple[list[load.Result], list[load.Result]]:
-    """So many requests to prefill alone, and as many through the router, in turns and one at a time."""
-    apart_s = 0.6
+async def _alone_and_handed(url: str, count: int, tokens: int) -> tuple[list[load.Result], list[load.Result]]:
+    """So many requests of `tokens` to prefill alone, and as many through the router, in turns and one at a time."""
+    apart_s = 0.5
 
     async def of(url: str, begin_s: float, output: int) -> list[load.Result]:
-        requests = [(begin_s + 2 * apart_s * k, 256, output) for k in range(count)]
-        done = await load.run_load(url, MODEL, requests, vocab=VOCABULARY, seed=count + output)
+        requests = [(begin_s + 2 * apart_s * k, tokens, output) for k in range(count)]
+        done = await load.run_load(url, MODEL, requests, vocab=VOCABULARY, seed=tokens + output)
         if error := next((r.error for r in done if r.error), None):
             raise SystemExit(f"a request failed: {error}")
         return done
