@@ -75,8 +75,8 @@ def measure(
 
     Whole passes, not one cell after another: what disturbs the machine for a while then falls on all cells alike.
 
-    Each pass has prompts shorter by one token, and a row is of their mean length: kernels are made and kept for a shape, and one
-    that comes again is a fifth faster on a CPU than those of traffic, of which few do (vLLM's; benchmarks/README).
+    Each pass has prompts shorter by one token, and a row is of their mean length: one that comes again is a fifth
+    faster on a CPU's vLLM (benchmarks/README, the simulator's word), and of traffic's few do.
 
     `advance` is called after every measurement.
     """
