@@ -103,7 +103,9 @@ def main() -> int:
     p.add_argument("--requests", type=int, default=300, help="of each rate")
     p.add_argument("--hidden", type=int, default=512, help="a multiple of 128")
     p.add_argument("--layers", type=int, default=8)
-    p.add_argument("--folder", type=Path, help="where measurements, profile and logs stay; left out: nowhere")
+    p.add_argument(
+        "--folder", type=Path, help="where profile, logs and what was sent stay; left out: nowhere"
+    )
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = (a.folder or Path(scratch)).absolute()

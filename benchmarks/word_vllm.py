@@ -232,7 +232,7 @@ def main() -> int:
         "--shares", default="0.15,0.25,0.35", help="of the rate that prefill can bear, with commas"
     )
     p.add_argument("--requests", type=int, default=240, help="of each rate")
-    p.add_argument("--folder", type=Path, help="where measurements and profile stay; left out: nowhere")
+    p.add_argument("--folder", type=Path, help="where profile and what was sent stay; left out: nowhere")
     a = p.parse_args()
     if not environment.made():
         print("there is no vLLM here: make e2e-vllm installs it; nothing was measured")

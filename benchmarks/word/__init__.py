@@ -140,7 +140,7 @@ def profiled(model: str, prompts: tuple[int, int], prefill: str, decode: str) ->
     """What the server at `prefill` needs for its steps while the one at `decode` does its own, and the other way round, for so they
     share this machine; addresses that end in /v1. Both go on until each has been through once.
 
-    `prompts`: shortest and longest that will be served. Each is of another length, as in traffic: one that comes again is faster.
+    `prompts`: shortest and longest that will be served. Lengths are drawn anew each time, as in traffic: one that comes again is faster.
     """
     one_by_one = (Cell("prefill", 1, random.randint(*prompts)) for _ in itertools.count())
     first, second = threading.Event(), threading.Event()

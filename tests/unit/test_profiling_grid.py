@@ -53,7 +53,7 @@ def test_the_first_pass_does_not_count_and_means_are_taken_over_passes() -> None
     assert len(turns) == len(door.order)
 
 
-def test_no_prompt_length_comes_twice_and_none_is_empty() -> None:
+def test_prompts_get_shorter_by_a_token_a_pass_and_none_is_empty() -> None:
     door = Clockwork({Cell("prefill", 1, n): [1.0, 1.0, 1.0] for n in (1, 2, 3)})
     measured, _ = grid.measure(door, [Cell("prefill", 1, 3)], 4, lambda: None)
     assert [cell.length for cell in door.order] == [3, 2, 1, 1, 1]
