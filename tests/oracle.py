@@ -11,6 +11,7 @@ import dataclasses
 import heapq
 import math
 from collections import deque
+from collections.abc import Callable
 
 from disaggserve.simulate import Deployment, Pool, serving
 from disaggserve.workload import Requests
@@ -180,7 +181,7 @@ class Oracle:
             self.at(request.arrival, ARRIVAL, 0, request)
         if self.view_ticks:
             self.at(self.view_ticks, VIEW, 0, None)
-        handlers = {VIEW: self.look, ARRIVAL: self.arrive, TRANSFER_END: self.end_transfer, LANE: self.lane}
+        handlers = {VIEW: self.look, ARRIVAL: self.arrive, TRANSFER_END: self.link, LANE: self.lane}
         while self.events:
             t, kind, _, _, what = heapq.heappop(self.events)
             handlers[kind](t, what)  # type: ignore[operator]
@@ -292,18 +293,26 @@ class Oracle:
                 self.move(t, r)
 
     def move_ticks(self, tokens: int) -> int:
-        return max(1, round(tokens * self.token_ticks + self.latency_ticks))
+        latency = 0.0 if self.stepwise else self.latency_ticks  # is over before a stepwise pull begins
+        return max(1, round(tokens * self.token_ticks + latency))
 
     def move(self, t: int, r: Request) -> None:
         assert r.decode is not None
         begin = t if r.ready is None else r.ready
         if self.stepwise:
+            if begin > t:
+                self.at(begin, TRANSFER_END, r.decode.number, (self.move, r))
+                return
             begin = max(t, r.decode.stage_free[0])
         end = max(begin, r.decode.link_free) + self.move_ticks(r.input)
         if self.deployment.overlap:
             end = max(end, t + self.move_ticks(min(16, r.input)))
         r.decode.link_free = end
-        self.at(end, TRANSFER_END, r.decode.number, r)
+        self.at(end, TRANSFER_END, r.decode.number, (self.end_transfer, r))
+
+    def link(self, t: int, what: tuple[Callable[[int, Request], None], Request]) -> None:
+        do, r = what
+        do(t, r)
 
     def end_transfer(self, t: int, r: Request) -> None:
         assert r.prefill is not None
@@ -371,7 +380,9 @@ class Oracle:
             r.last = t
             i.take(-self.held(i, r))
             return True
-        if self.deployment.overlap:
+        if self.stepwise:
+            r.ready = t + round(self.latency_ticks)
+        elif self.deployment.overlap:
             r.ready = lane.last_stage
         if self.pushes:
             self.move(t, r)
@@ -387,7 +398,7 @@ class Oracle:
             self.join(t, r)
         else:
             self.wait_for_decode(t, r)
-            r.ready = None
+            r.ready = r.ready if self.stepwise else None
         return False
 
     def begin(self, t: int, lane: Lane) -> None:

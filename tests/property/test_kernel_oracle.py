@@ -73,7 +73,7 @@ def deployments(draw: st.DrawFn) -> simulate.Deployment:
         sticky=kind == "colocated",
         kv_bytes_per_token=draw(st.sampled_from([0, 100])),
         link_bytes_s=draw(st.sampled_from([1e9, 3e10])),
-        link_latency_s=draw(st.sampled_from([0.0, 1e-6])),
+        link_latency_s=draw(st.sampled_from([0.0, 1e-6, 1.3e-5])),
         first_token_from=draw(st.sampled_from(["prefill", "decode"])),
         overlap=draw(st.booleans()),
         routers=draw(st.integers(1, 3)),

@@ -74,6 +74,15 @@ def test_vllms_pull_begins_with_a_step_and_is_seen_after_one() -> None:
     assert ms(out.first_ns)[1] == 80
 
 
+def test_a_pull_waits_for_the_step_after_the_word_of_its_prompt() -> None:
+    vllm = dataclasses.replace(deployment(), first_token_from="decode", transfer="step", link_latency_s=0.007)
+    out = simulate.run(vllm, requests((0, 20, 20), (30, 15, 1)))
+    assert ms(out.transfer_end_ns)[0] == 47  # nothing ran: as soon as the word is there
+    # Its prompt is done at 45, the word is there at 52, and a step begins at 57: it is pulled until 72, and in the one at 77.
+    assert ms(out.transfer_end_ns)[1] == 72
+    assert ms(out.first_ns)[1] == 87
+
+
 def test_one_token_ends_at_prefill() -> None:
     out = simulate.run(deployment(), requests((0, 20, 1)))
     assert ms(out.last_ns) == ms(out.first_ns) == [20]

@@ -46,8 +46,9 @@ Memory
   prompt queues for prefill, and moves when that is done. Back-pressure is on the decode side.
 * `overlap`: KV moves layer by layer while the last stage of its prefill runs, so a transfer admitted at the
   prefill's end counts as begun with that stage, if the link was free; it ends a block's time after prefill at least.
-* transfer "step" (vLLM): a transfer begins with a step of the decode instance (at once where it has none under
-  way), so the request is in the step after the one in which its KV has come. `overlap` then has nothing to gain.
+* transfer "step" (vLLM): the latency is that of the word that a prompt is done; the transfer begins with the first
+  step of the decode instance after it (at once where none is under way) and takes bytes/bandwidth, so the request is
+  in the step after the one in which its KV has come. `overlap` then has nothing to gain.
 * transfer "inline" (DistServe's engine, its code): between two decode steps the loop pulls the first that waits
   while its blocks are free and those pulled and not yet running hold less than `pull_below` of all blocks, one
   after another, and stands still meanwhile. Then the preempted come back while they fit, and only when none is left

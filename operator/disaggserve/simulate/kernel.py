@@ -31,6 +31,7 @@ from disaggserve.simulate.structures import (
     cached,
     compiled,
     inlined,
+    insert,
     prepend,
     push,
     remove,
@@ -50,10 +51,11 @@ _ID_MASK = MAX_REQUESTS - 1
 REQUEST_COLUMNS = 16
 # STEPS: decode steps wanted, -1 = fits nowhere. PAST: prompt tokens that need no more compute. DONE: steps made
 # when it last left a lane. JOIN: the lane's step count when it joined, -1 = never. OWED: ticks of one stage for
-# its recompute or swap. READY: when its KV may be moved from, NEVER = now.
+# its recompute or swap. READY: when its KV may be moved from, NEVER = now. MOVED: when it is there; in a stepwise
+# pull READY until the decode side has heard of it.
 
 # One row per instance. Chains, each with head and tail: prompts not wholly in a step (Q), what waits to be
-# admitted for decode (W) and was preempted (B), transfers under way to it (T).
+# admitted for decode (W) and was preempted (B), transfers under way to it (T), by MOVED.
 (
     I_LANE, I_PP, I_TABLE, I_PREFILLS, I_DECODES, I_CHUNKED, I_TOKENS, I_REQUESTS, I_SLACK, I_MARK, I_PULLED,
     I_LINK, I_OUTSIDE, I_QHEAD, I_QTAIL, I_WHEAD, I_WTAIL, I_BHEAD, I_BTAIL, I_THEAD, I_TTAIL,
@@ -175,7 +177,8 @@ def _swap_ticks(w: World, i: int, tokens: int) -> int:
 
 @inlined
 def _move_ticks(w: World, tokens: int) -> int:
-    return max(1, int(np.rint(tokens * w.ticks_per_token + w.latency_ticks)))
+    latency = 0.0 if w.stepwise else w.latency_ticks  # is over before a stepwise pull begins
+    return max(1, int(np.rint(tokens * w.ticks_per_token + latency)))
 
 
 # ------------------------------------------------------------------------------------------------- lanes' plans
@@ -299,16 +302,17 @@ def _boundary(w: World, i: int, t: int, seen: int) -> Any:
 
 @inlined
 def _transfer(w: World, r: int, i: int, t: int, seen: int) -> None:
-    """Move a request's KV to instance i, whose link takes one at a time."""
-    begin = _boundary(w, i, t, seen) if w.stepwise else min(t, w.reqs[r, READY])
-    end = max(begin, w.insts[i, I_LINK]) + _move_ticks(w, w.reqs[r, INPUT])
-    if w.overlap:
-        end = max(end, t + _move_ticks(w, min(w.reqs[r, INPUT], 16)))
-    w.insts[i, I_LINK] = end
+    """Move a request's KV to instance i, whose link takes one at a time, or come back when it has heard of it."""
+    end = w.reqs[r, READY]
+    if not w.stepwise or end <= t:
+        begin = _boundary(w, i, t, seen) if w.stepwise else min(t, end)
+        end = max(begin, w.insts[i, I_LINK]) + _move_ticks(w, w.reqs[r, INPUT])
+        if w.overlap:
+            end = max(end, t + _move_ticks(w, min(w.reqs[r, INPUT], 16)))
+        w.insts[i, I_LINK] = end
     w.reqs[r, MOVED] = end
-    if w.insts[i, I_THEAD] < 0:
-        schedule(w.tree, w.when, _TRANSFERS + i, end)
-    append(w.reqs, w.insts, i, I_THEAD, r)
+    insert(w.reqs, w.insts, i, I_THEAD, r, MOVED)
+    schedule(w.tree, w.when, _TRANSFERS + i, w.reqs[w.insts[i, I_THEAD], MOVED])
 
 
 @inlined
@@ -445,7 +449,9 @@ def _prefilled(w: World, n: Routing, r: int, i: int, ready: int, t: int, seen: i
         reqs[r, LAST] = t
         insts[i, I_SLACK] += _held(insts, reqs, i, r)
         return True
-    if w.overlap:
+    if w.stepwise:
+        reqs[r, READY] = t + int(np.rint(w.latency_ticks))
+    elif w.overlap:
         reqs[r, READY] = ready
     if w.pushes:
         _transfer(w, r, reqs[r, DECODER], t, seen)
@@ -467,7 +473,8 @@ def _prefilled(w: World, n: Routing, r: int, i: int, ready: int, t: int, seen: i
         _join(w, r, i, t, seen)
     else:
         _wait_for_decode(w, r, d, t, seen)
-        reqs[r, READY] = NEVER
+        if not w.stepwise:
+            reqs[r, READY] = NEVER
     return False
 
 
@@ -863,8 +870,11 @@ def serve(w: World, heaps: Any, n: Routing, c: Costs, requests: Any, times: Any)
             r = insts[i, I_THEAD]
             insts[i, I_THEAD] = reqs[r, NXT]
             schedule(tree, when, source, reqs[reqs[r, NXT], MOVED] if reqs[r, NXT] >= 0 else NEVER)
-            _release(w, reqs[r, PREFILLER], _held(insts, reqs, reqs[r, PREFILLER], r), t, seen)
-            _join(w, r, i, t, seen)
+            if w.stepwise and reqs[r, MOVED] == reqs[r, READY]:
+                _transfer(w, r, i, t, seen)
+            else:
+                _release(w, reqs[r, PREFILLER], _held(insts, reqs, reqs[r, PREFILLER], r), t, seen)
+                _join(w, r, i, t, seen)
         elif source == _ARRIVALS:
             r = coming
             coming += 1

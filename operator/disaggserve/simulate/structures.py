@@ -74,6 +74,23 @@ def append(requests: Any, table: Any, row: int, head: int, r: int) -> None:
 
 
 @inlined
+def insert(requests: Any, table: Any, row: int, head: int, r: int, column: int) -> None:
+    """Put request r into that chain, which is in order of `column`, behind its equals."""
+    before, after = -1, table[row, head]
+    if after >= 0 and requests[table[row, head + 1], column] <= requests[r, column]:
+        before, after = table[row, head + 1], -1
+    while after >= 0 and requests[after, column] <= requests[r, column]:
+        before, after = after, requests[after, NXT]
+    requests[r, NXT] = after
+    if before < 0:
+        table[row, head] = r
+    else:
+        requests[before, NXT] = r
+    if after < 0:
+        table[row, head + 1] = r
+
+
+@inlined
 def prepend(requests: Any, table: Any, row: int, head: int, r: int) -> None:
     """Put request r first in that chain."""
     requests[r, NXT] = table[row, head]
