@@ -271,7 +271,7 @@ def measured(model_id: str, gpu: catalogue.GPU, folder: Path | None) -> None:
     begun = time.perf_counter()
     with torch.inference_mode():
         door = Inside(made(model))
-    cells, _ = grid.cells(BATCHES, LENGTHS, CONTEXTS, door.context, batched=True)
+    cells, _ = grid.cells(BATCHES, LENGTHS, CONTEXTS, door.context, REPEAT)
     door.prepare(cells)
     torch.cuda.synchronize()
     print(f"{model_id}: {len(cells)} cells, ready after {time.perf_counter() - begun:.0f} s")

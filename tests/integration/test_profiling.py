@@ -106,8 +106,15 @@ def test_a_paced_pair_behind_a_router_shows_its_pace_over_http(
     rows, _ = fitted(csv, profile)
     truth = latency.step_times(catalogue.model(MODEL), A100, 1, 1)
     assert [(r.batch, r.tokens) for r in rows if r.phase == "prefill"] == [
-        (1, n - 2)
-        for n in (64, 128, 256, 512)  # of passes a token and two shorter
+        (b, b * (n - 2))
+        for b, n in (
+            (1, 64),
+            (1, 128),
+            (1, 256),
+            (1, 512),
+            (4, 64),
+            (4, 128),
+        )  # of passes a token and two shorter
     ]
     decode = [r for r in rows if r.phase == "decode"]
     assert sorted((r.batch, r.context_tokens // r.batch // 256) for r in decode) == [
@@ -117,8 +124,8 @@ def test_a_paced_pair_behind_a_router_shows_its_pace_over_http(
         (4, 2),
     ]
     ratios = [row.seconds / predicted(truth, row) for row in rows]
-    # Nothing is faster than its pace, but for what the clock of a busy client loses; HTTP adds to it.
-    assert min(ratios) > 0.9
+    # Nothing is faster than its pace, but for what the clock of a busy client loses; HTTP adds to single prompts.
+    assert min(ratios) > 0.8
     assert sorted(ratios)[len(ratios) // 2] < 1.5
 
 

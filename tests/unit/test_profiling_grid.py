@@ -27,7 +27,7 @@ class Clockwork:
 
 
 def test_a_grid_holds_what_the_context_and_the_longest_prompt_allow() -> None:
-    found, said = grid.cells((1, 2, 4), (16, 32, 99, 100), (98, 99), 100, batched=True)
+    found, said = grid.cells((1, 2, 4), (3, 16, 32, 99, 100), (98, 99), 100, 3)
     shapes = {
         phase: [(c.batch, c.length) for c in found if c.phase == phase] for phase in ("prefill", "decode")
     }
@@ -36,9 +36,8 @@ def test_a_grid_holds_what_the_context_and_the_longest_prompt_allow() -> None:
     assert said == [
         "prompts of 100 tokens: beyond the context of 100",
         "contexts of 99 tokens: beyond the context of 100",
+        "prompts of 3 tokens: each of 4 passes takes one token less",
     ]
-    single, _ = grid.cells((1, 2), (16, 32), (8,), 100, batched=False)
-    assert [c.batch for c in single if c.phase == "prefill"] == [1, 1]
 
 
 def test_the_first_pass_does_not_count_and_means_are_taken_over_passes() -> None:
@@ -51,13 +50,6 @@ def test_the_first_pass_does_not_count_and_means_are_taken_over_passes() -> None
     assert said == ["decode of 2 contexts of 4 tokens: it is used up"]
     assert door.order == [prompts[0], b, prompts[1], b, prompts[2], b, prompts[3]]
     assert len(turns) == len(door.order)
-
-
-def test_prompts_get_shorter_by_a_token_a_pass_and_none_is_empty() -> None:
-    door = Clockwork({Cell("prefill", 1, n): [1.0, 1.0, 1.0] for n in (1, 2, 3)})
-    measured, _ = grid.measure(door, [Cell("prefill", 1, 3)], 4, lambda: None)
-    assert [cell.length for cell in door.order] == [3, 2, 1, 1, 1]
-    assert measured == {Cell("prefill", 1, 1): Timing(1.0, 7)}
 
 
 def test_rows_are_what_fit_reads() -> None:

@@ -46,22 +46,27 @@ class Door(Protocol):
 
 
 def cells(
-    batches: Sequence[int], prompts: Sequence[int], contexts: Sequence[int], context: int, *, batched: bool
+    batches: Sequence[int], prompts: Sequence[int], contexts: Sequence[int], context: int, repeat: int
 ) -> tuple[list[Cell], list[str]]:
-    """The cells of a grid that fit a context, and a sentence for each length that does not.
+    """The cells of a grid that fit a context and so many passes, and a sentence for each length that does not.
 
-    Single prompts; where prefills are `batched`, also several whose Σ is no more than the longest one; every batch at
-    every context. A prompt needs room for one token of answer, a context for the step's token and the next.
+    Single prompts, and several whose Σ is no more than the longest one; every batch at every context. A prompt needs room
+    for one token of answer and is a token shorter in each pass, a context needs room for the step's token and the next.
     """
-    fits = [n for n in prompts if n + 1 <= context]
+    fits = [n for n in prompts if repeat < n < context]
     held = [n for n in contexts if n + 2 <= context]
     said = [
         f"{what} of {n} tokens: beyond the context of {context}"
-        for what, given, kept in (("prompts", prompts, fits), ("contexts", contexts, held))
+        for what, given, room in (("prompts", prompts, 1), ("contexts", contexts, 2))
         for n in given
-        if n not in kept
+        if n + room > context
     ]
-    several = [b for b in batches if b > 1] if batched else []
+    said += [
+        f"prompts of {n} tokens: each of {repeat + 1} passes takes one token less"
+        for n in prompts
+        if n <= repeat
+    ]
+    several = [b for b in batches if b > 1]
     found = [Cell("prefill", b, n) for b in [1, *several] for n in fits if b == 1 or b * n <= max(fits)]
     return found + [Cell("decode", b, n) for b in batches for n in held], said
 
@@ -99,10 +104,8 @@ def measure(
 
 
 def _shorter(cell: Cell, tokens: int) -> Cell:
-    """That prompt with so many tokens fewer, at least one; contexts stay."""
-    if cell.phase == "decode":
-        return cell
-    return dataclasses.replace(cell, length=max(1, cell.length - tokens))
+    """Those prompts with so many tokens fewer; contexts stay."""
+    return dataclasses.replace(cell, length=cell.length - tokens) if cell.phase == "prefill" else cell
 
 
 def _mean(taken: Sequence[tuple[Cell, Timing]]) -> tuple[Cell, Timing]:

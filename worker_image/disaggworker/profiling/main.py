@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _cells(flags: argparse.Namespace, context: int) -> tuple[list[grid.Cell], list[str]]:
-    cells, said = grid.cells(flags.batches, flags.prompts, flags.contexts, context, batched=flags.url is None)
+    cells, said = grid.cells(flags.batches, flags.prompts, flags.contexts, context, flags.repeat)
     if not cells:
         raise StartError(
             f"Every length is beyond the context of {context}; give shorter --prompts and --contexts."

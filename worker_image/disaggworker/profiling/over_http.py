@@ -1,7 +1,8 @@
 """Any server of OpenAI's completions over HTTP, measured from outside, by what its streams show.
 
 Prefill: the time to the first token of one stream that asks for one, after a prompt that no cache has seen. It leaves in
-what lies between: HTTP, tokenising, the queue's turn, the way through a router.
+what lies between: HTTP, tokenising, the queue's turn, the way through a router. Several prompts are in one step where all
+of them wait for another one, as long as they are together: the time from its token to theirs, if those come together.
 
 Decode: the times between tokens of `batch` streams that began together, while all of them decode: from where each has its
 second token, so that neither a prefill nor a hand-off is among them. It leaves in the scheduler's and HTTP's share of
@@ -30,6 +31,8 @@ from disaggworker.profiling.grid import Cell, LeftOut, Timing
 
 STEPS = 16  # decode steps that every stream is watched for, at least
 _PROBES = 3  # a server that is late for once sends two tokens in one frame
+_TRIES = 5  # to have several prompts in one step
+_TOGETHER = 0.25  # of that step: so far apart may their tokens come
 _TOKENS = range(10, 256)
 _CONNECT_S, _SILENCE_S = 5.0, 120.0
 _SETTLE_S = 0.25  # after streams were let go: a server notices between two steps
@@ -76,7 +79,8 @@ class OverHTTP:
         """One measurement. Raises `LeftOut` where the server refuses or ends too soon, `StartError` where it is gone."""
         try:
             if cell.phase == "prefill":
-                return self._runner.run(self._first_token(cell))
+                measured = self._first_token if cell.batch == 1 else self._tokens_behind_another
+                return self._runner.run(measured(cell))
             return self._runner.run(self._between_tokens(cell))
         except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as e:
             raise self._lost(e) from None
@@ -161,13 +165,30 @@ class OverHTTP:
         came.set()
 
     async def _first_token(self, cell: Cell) -> Timing:
-        stream = _Stream()
         body = self._body(cell.length, 1)
         begun = time.perf_counter()
+        return Timing(await self._token(body) - begun, 0)
+
+    async def _tokens_behind_another(self, cell: Cell) -> Timing:
+        length = min(cell.batch * cell.length, self.context - 1)
+        alone = await self._first_token(Cell("prefill", 1, length))
+        for _ in range(_TRIES):
+            bodies = [self._body(n, 1) for n in (length, *[cell.length] * cell.batch)]
+            ahead = asyncio.create_task(self._token(bodies[0]))
+            await asyncio.sleep(alone.seconds / 4)  # it is computed now, and will be for a while
+            before, *came = await asyncio.gather(ahead, *map(self._token, bodies[1:]))
+            step = max(came) - before
+            if max(came) - min(came) < _TOGETHER * step:
+                return Timing(step, 0)
+        raise LeftOut(f"they were not taken into one step in {_TRIES} tries")
+
+    async def _token(self, body: dict[str, Any]) -> float:
+        """When the one that it asks for came."""
+        stream = _Stream()
         await self._read(body, stream, asyncio.Event())
         if not stream.at_s:
             raise LeftOut("no token came")
-        return Timing(stream.at_s[0] - begun, 0)
+        return stream.at_s[0]
 
     async def _between_tokens(self, cell: Cell) -> Timing:
         streams = [_Stream() for _ in range(cell.batch)]
