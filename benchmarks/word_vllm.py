@@ -19,6 +19,7 @@ import functools
 import json
 import multiprocessing
 import os
+import random
 import re
 import signal
 import statistics
@@ -54,6 +55,8 @@ START_S = 600.0
 STEPS = (
     2.0  # decode steps of 8 requests in the promised TPOT: a core in its slow seconds takes 1.8 times as long
 )
+OTHERS = 3  # streams beside which a hand-off is timed
+_ROUNDS = 3
 SEED = 0
 PROMPTS = (32, 512)  # tokens, shortest and longest
 BOUND = 0.05
@@ -147,37 +150,58 @@ def _route(pipe: Connection) -> None:
 
 
 def link(url: str) -> tuple[float, float]:
-    """Bandwidth, bytes/s: what decode's own figures say of a few hand-offs. Latency, s: what a hand-off takes beside its bytes, which
-    is how much later than prefill alone would answer the first token is there, less a decode step; the median of turns with short
-    prompts, whose own times do not hide it.
+    """Bandwidth, bytes/s: what decode's own figures say of a few hand-offs. Latency, s: from the end of a prompt until decode may pull.
+
+    That is how much later than prefill alone would answer the first token is there, less what the simulator knows of: half a decode
+    step until one begins, the one in which it is pulled, and its own. The mean of turns with short prompts, whose own times do not
+    hide it, while decode has others in its batch, as in service: its API server has to wait for the core that computes.
     """
     asyncio.run(_alone_and_handed(url, 2, 256))  # the first one of a pair shakes hands
     before = _moved()
     asyncio.run(_alone_and_handed(url, 10, 256))
     size, seconds = (after - b for after, b in zip(_moved(), before, strict=True))
-    bytes_s = size / seconds
-    before = _moved()
-    alone, handed = asyncio.run(_alone_and_handed(url, 40, 32))
-    _, seconds = (after - b for after, b in zip(_moved(), before, strict=True))
-    more_s = statistics.median(
-        r.ttft_s - r.tpot_s - plain.ttft_s for plain, r in zip(alone, handed, strict=True)
-    )
-    return bytes_s, max(0.0, more_s - seconds / len(handed))
+    turns = asyncio.run(_beside_others(url))
+    return size / seconds, max(0.0, statistics.mean(h.ttft_s - 2.5 * h.tpot_s - a.ttft_s for a, h in turns))
 
 
-async def _alone_and_handed(url: str, count: int, tokens: int) -> tuple[list[load.Result], list[load.Result]]:
+async def _alone_and_handed(url: str, count: int, tokens: int) -> list[tuple[load.Result, load.Result]]:
     """So many requests of `tokens` to prefill alone, and as many through the router, in turns and one at a time."""
-    apart_s = 0.5
+    apart_s = 0.4
 
     async def of(url: str, begin_s: float, output: int) -> list[load.Result]:
-        requests = [(begin_s + 2 * apart_s * k, tokens, output) for k in range(count)]
+        # Not in step with anything: when a prompt ends should tell nothing of decode's steps.
+        requests = [
+            (begin_s + 2 * apart_s * k + random.uniform(0, apart_s / 4), tokens, output) for k in range(count)
+        ]
         done = await load.run_load(url, MODEL, requests, vocab=VOCABULARY, seed=tokens + output)
         if error := next((r.error for r in done if r.error), None):
             raise SystemExit(f"a request failed: {error}")
         return done
 
     prefill = f"http://{HOSTS['prefill']}:{PORT}"
-    return await asyncio.gather(of(prefill, 0.0, 1), of(url, apart_s, 4))
+    return list(zip(*await asyncio.gather(of(prefill, 0.0, 1), of(url, apart_s, 8)), strict=True))
+
+
+async def _beside_others(url: str) -> list[tuple[load.Result, load.Result]]:
+    """Turns of short prompts while `OTHERS` streams decode, which are as long as may be and outlast them."""
+    found: list[tuple[load.Result, load.Result]] = []
+    for number in range(_ROUNDS):
+        streams = asyncio.create_task(
+            load.run_load(
+                f"http://{HOSTS['decode']}:{PORT}",
+                MODEL,
+                [(0.0, 32, CONTEXT - 64)] * OTHERS,
+                vocab=VOCABULARY,
+                seed=number,
+            )
+        )
+        try:
+            await asyncio.sleep(2)
+            found += await _alone_and_handed(url, 25, 32)
+        finally:
+            streams.cancel()
+            await asyncio.gather(streams, return_exceptions=True)
+    return found
 
 
 def _moved() -> tuple[float, float]:
