@@ -1,6 +1,6 @@
 """The simulator's word on a real vLLM: one prefill and one decode instance on this CPU, against the same requests simulated.
 
-    python -m benchmarks.word_vllm [--shares 0.15,0.25,0.35] [--requests 240] [--folder DIR]     # needs: make e2e-vllm
+    python -m benchmarks.word_vllm [--shares 0.1,0.2,0.3] [--requests 210] [--folder DIR]     # needs: make e2e-vllm
 
 A seeded Llama of 100M parameters in bfloat16 is served by two vLLM of one thread each, each on a core of its own, as the kubelet's
 static policy gives one to a pod, behind our router. What `disaggworker profile` measures over HTTP is measured of both at once, prefill
@@ -252,10 +252,8 @@ def measure(weights: Path, folder: Path, url: str, count: int, shares: Sequence[
 
 def main() -> int:
     p = argparse.ArgumentParser(description="Served against simulated attainment on a real vLLM.")
-    p.add_argument(
-        "--shares", default="0.15,0.25,0.35", help="of the rate that prefill can bear, with commas"
-    )
-    p.add_argument("--requests", type=int, default=240, help="of each rate")
+    p.add_argument("--shares", default="0.1,0.2,0.3", help="of the rate that prefill can bear, with commas")
+    p.add_argument("--requests", type=int, default=210, help="of each rate")
     p.add_argument("--folder", type=Path, help="where profile and what was sent stay; left out: nowhere")
     a = p.parse_args()
     if not environment.made():
