@@ -52,11 +52,10 @@ ROUTER = "127.0.91.3"
 PORT, CONTEXT, VOCABULARY = 8000, 1024, 700
 KV_BYTES, BATCH_TOKENS, BATCH_REQUESTS = 1 << 30, 2048, 16
 START_S = 600.0
-STEPS = (
-    2.0  # decode steps of 8 requests in the promised TPOT: a core in its slow seconds takes 1.8 times as long
-)
+# Decode steps of 8 requests in the promised TPOT: a core in its slow seconds takes 1.8 times as long.
+STEPS = 2.0
 OTHERS = 3  # streams beside which a hand-off is timed
-_ROUNDS = 3
+_ROUNDS = 3  # of 25 turns each
 SEED = 0
 PROMPTS = (32, 512)  # tokens, shortest and longest
 BOUND = 0.05

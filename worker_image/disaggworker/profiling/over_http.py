@@ -174,9 +174,8 @@ class OverHTTP:
     async def _tokens_behind_another(self, cell: Cell) -> Timing:
         whole = min(cell.batch * cell.length, self.context)
 
-        def other() -> (
-            int
-        ):  # about as long, and not as long: a step of as many tokens as one before is faster
+        def other() -> int:
+            # About as long, and not as long: a step of as many tokens as one lately is faster.
             return whole - self._random.randint(1, max(1, whole // 4))
 
         alone = await self._first_token(Cell("prefill", 1, other()))
