@@ -398,7 +398,8 @@ class Oracle:
             self.join(t, r)
         else:
             self.wait_for_decode(t, r)
-            r.ready = r.ready if self.stepwise else None
+            if not self.stepwise:
+                r.ready = None
         return False
 
     def begin(self, t: int, lane: Lane) -> None:

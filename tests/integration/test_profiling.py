@@ -124,8 +124,11 @@ def test_a_paced_pair_behind_a_router_shows_its_pace_over_http(
         (4, 2),
     ]
     ratios = [row.seconds / predicted(truth, row) for row in rows]
-    # Nothing is faster than its pace, but for what the clock of a busy client loses; HTTP adds to single prompts.
-    assert min(ratios) > 0.8
+    behind = [x for x, row in zip(ratios, rows, strict=True) if row.phase == "prefill" and row.batch > 1]
+    # Nothing is faster than its pace, but for what the clock of a busy client loses; HTTP adds to single prompts. What is
+    # measured behind another prompt is a difference of two such times.
+    assert min(x for x in ratios if x not in behind) > 0.9
+    assert min(behind) > 0.8
     assert sorted(ratios)[len(ratios) // 2] < 1.5
 
 
